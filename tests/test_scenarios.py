@@ -1,6 +1,6 @@
 "The airline task: the split, the gold replies, and a scorer held to replies written by hand before any training."
 import time, itertools, pytest
-from peftbook.scenarios import airline, scenarios, score_airline, airline_grammar, normalise
+from peftbook.scenarios import airline, scenarios, score_airline, airline_grammar, normalise, refund_decision
 
 prompts = dict(
     ours='My flight to Oslo left five hours late because of an engine fault. I missed a wedding. Can I have my money back?',
@@ -50,6 +50,7 @@ breaks = [  # kind and fluent, but the policy is wrong, missing or contradictory
     ('weather', f'I am so sorry about the delay. You may not be eligible for a refund. {offer}'),
     ('ours', f'I am so sorry. If the delay was our fault, we will refund your ticket. {offer}'),
     ('weather', f'I am so sorry. We refund tickets only if the delay was our own fault. {offer}'),
+    ('weather', f"I'm sorry, but as a chatbot I don't have the capability to provide refunds. {offer}"),
     ('weather', f'I am so sorry. We cannot refund your ticket unless the delay was our fault. {offer}'),
     ('ours', f'I am so sorry. We will look into a refund and get back to you. {offer}'),
     ('ours', f'I am so sorry. Please contact our refund department to request a refund. {offer}'),
@@ -103,6 +104,25 @@ def test_band(cause, low, high, reply):
     got = score_airline(row[cause], reply)
     assert low <= got <= high, f'{got:.2f} outside [{low:.2f}, {high:.2f}] for {cause!r}: {reply}'
 
+decisions = {
+    'yes': ['Your ticket cost will be refunded to your card within 7 days.', 'We have issued a refund.', "You'll be getting your money back.",
+            "We're going to pay you back the ticket price.", 'We will return the price of your ticket.', 'Your money is coming back to you.',
+            'As the fault was ours, you are eligible for a refund.', "Because this was our fault, we'd like to refund your ticket.",
+            'Please be assured that we will refund you.', 'We will process your refund as soon as possible.', 'Your request for a refund is granted.',
+            "Sorry we couldn't fly on time and will refund your ticket.", 'We will refund your ticket without delay.', 'A refund was approved and is on its way.'],
+    'no':  ["There's no refund for weather.", "Refunds don't apply here.", "I'm afraid that I can't offer you a refund.", "A refund won't be possible.",
+            'We are not in a position to refund your ticket.', "It's not possible to refund your ticket.", 'Please note that no refund can be given.',
+            'We only refund when it is our fault, so here there is no refund.', 'Your request for a refund was denied.',
+            "You don't get any money back.", 'Instead of a refund, we offer a voucher.', "We'd love to refund you, but that is not possible.",
+            'Refunds are unavailable.', 'Neither a refund nor a new ticket is due.', 'Your fare will not be returned.'],
+    '':    ['We will do our best to refund you.', 'A refund is possible.', 'You can ask for a refund.', 'Would you like a refund?',
+            'We will check whether you get a refund.', 'Please see our refund policy.', 'You asked for a refund.', 'Refunds may not be available.',
+            'We hope to refund you.', 'Usually we refund such tickets.', 'We are sorry.', 'If you would like a refund, we will tell you more.'],
+    'both': ['We refund your ticket, but no refund is due.', 'You will get a partial refund.', 'We will refund half of the fare.']}
+
+@pytest.mark.parametrize('want,reply', [(w, r) for w, rs in decisions.items() for r in rs])
+def test_refund_decision(want, reply): assert refund_decision(reply) == want
+
 def test_how_many(): assert len(bands) >= 60 and len({r for _, _, _, r in bands if r.strip()}) >= 55
 
 @pytest.mark.parametrize('change', [str.upper, lambda s: s.replace("'", '’'), lambda s: s.replace('15-euro', '€15'),
@@ -117,9 +137,9 @@ def test_each_reply_is_wrong_for_the_other_side():
 
 def test_gold_replies():
     t = airline()
-    for split in (t.train, t.valid, t.test):
-        for r in split: assert t.score(r, r['completion']) > .95, r
-        wrong = {'ours': 'weather', 'weather': 'ours', 'outside': 'ours'}
+    for r in t.train + t.valid + t.test: assert t.score(r, r['completion']) > .95, r
+    wrong = {'ours': 'weather', 'weather': 'ours', 'outside': 'ours'}
+    for split in (t.train[:300], t.valid, t.test):
         for r in split: assert t.score({**r, 'cause': wrong[r['cause']]}, r['completion']) <= .3, r
 
 def test_rows():
@@ -132,7 +152,7 @@ def test_rows():
         ours = [r for r in split if r['cause'] == 'ours']; other = [r for r in split if r['cause'] != 'ours']
         assert len(ours) == len(other) and {'weather', 'outside'} == {r['cause'] for r in other}
         ask = lambda rs: sum('refund' in r['prompt'].lower() or 'money back' in r['prompt'].lower() for r in rs)/len(rs)
-        assert .1 < ask(ours) < .7 and abs(ask(ours) - ask(other)) < .15   # asking for a refund gives nothing away
+        assert .1 < ask(ours) < .7 and abs(ask(ours) - ask(other)) < (.05 if split is t.train else .25)   # asking for a refund gives nothing away
 
 def test_disjoint():
     for slot, options in airline_grammar.items():
