@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['STEPS', 'main']
 
-# %% ../nbs/90_cli.ipynb #9ce2c245
+# %% ../nbs/90_cli.ipynb #58144cb8
 import argparse, inspect, json, sys
 from pathlib import Path
 
-# %% ../nbs/90_cli.ipynb #fa12540e
+# %% ../nbs/90_cli.ipynb #31b93009
 def _words(text):
     "One target, or several parted by commas."
     return text.split(',') if ',' in text else text
@@ -19,7 +19,7 @@ def _kind(p):
     if p.name == 'targets': return _words
     return type(p.default) if p.default is not None else str
 
-# %% ../nbs/90_cli.ipynb #d63e492b
+# %% ../nbs/90_cli.ipynb #969902ea
 def _add_options(parser, cls):
     "Give `parser` an option for each argument of a method's class."
     from fastcore.docments import docments
@@ -29,7 +29,7 @@ def _add_options(parser, cls):
         if isinstance(p.default, bool): parser.add_argument(flag, action='store_true', help=about)
         else: parser.add_argument(flag, type=_kind(p), default=p.default, metavar=p.name.upper(), help=about)
 
-# %% ../nbs/90_cli.ipynb #7969637a
+# %% ../nbs/90_cli.ipynb #b76e1c5c
 def _task(args):
     "The scenario or the user's own rows."
     from peftbook.data import Task
@@ -38,7 +38,7 @@ def _task(args):
     if args.task not in scenarios: raise ValueError(f"there is no task {args.task!r}; there are {', '.join(scenarios)}, or --data with rows of your own")
     return scenarios[args.task]()
 
-# %% ../nbs/90_cli.ipynb #eced1e8e
+# %% ../nbs/90_cli.ipynb #cfb0a873
 def _answers(title, model, tok, task):
     "Print how the model answers the first test request, and return what it scores."
     from peftbook.data import messages_of
@@ -53,16 +53,16 @@ def _answers(title, model, tok, task):
     print(f"  on {min(32, len(task.test))} test rows: loss {res['loss']:.3f}{score}", flush=True)
     return res
 
-# %% ../nbs/90_cli.ipynb #fcd55e73
+# %% ../nbs/90_cli.ipynb #ca7e556a
 def _tune(args):
     import torch
-    from peftbook.core import methods
+    from peftbook.core import methods, write_atomic
     from peftbook.models import load_model
-    from peftbook.training import check_out, fit
+    from peftbook.training import _find_run, fit
     cls = methods[args.method]
     tuner = cls(**{k: getattr(args, k) for k in inspect.signature(cls).parameters})
     task, out = _task(args), args.out or (args.task or Path(args.data).stem)
-    check_out(out, args.resume) # all that can be refused is refused before a model is loaded
+    _find_run(Path(out), args.resume) # all that can be refused is refused before a model is loaded
     model, tok = load_model(args.model)
     torch.manual_seed(args.seed)
     tuner.attach(model)
@@ -71,10 +71,10 @@ def _tune(args):
     print(f"\n{tuner!r}: {c['trained']:,} numbers train, {c['share']:.2%} of {c['base']:,}", flush=True)
     fit(tuner, tok, task, steps=args.steps, lr=args.lr, batch_size=args.batch_size, seed=args.seed, out=out, resume=args.resume)
     after = _answers('after', model, tok, task)
-    Path(out, 'scores.json').write_text(json.dumps(dict(before=before, after=after), indent=2))
+    write_atomic(Path(out)/'scores.json', json.dumps(dict(before=before, after=after), indent=2).encode())
     print(f"\nthe adapter lies in {out}/ ({c['bytes']/1e6:.2f} MB). Ask it something:\n  peftbook generate --adapter {out} \"My flight was late because of snow.\"")
 
-# %% ../nbs/90_cli.ipynb #7c263427
+# %% ../nbs/90_cli.ipynb #9ebedb34
 def _generate(args):
     import peftbook.lora # each method registers itself on import
     from peftbook.core import Tuner, adapter_info
@@ -92,12 +92,20 @@ def _methods(args):
     for name, cls in methods.items():
         print(f'{name:16} {(cls.__doc__ or "").strip().splitlines()[0]}\n{"":16} lr {cls.lr:g}, ' + ', '.join(f'{k} {p.default}' for k, p in inspect.signature(cls).parameters.items()))
 
-# %% ../nbs/90_cli.ipynb #0cf2b627
+# %% ../nbs/90_cli.ipynb #6d15590c
 def _positive(text):
     "A whole number from 1."
     if not text.isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f'{text!r} is no whole number from 1')
     return int(text)
 
+def _rate(text):
+    "A number above 0."
+    try: x = float(text)
+    except ValueError: x = 0.
+    if not 0 < x < float('inf'): raise argparse.ArgumentTypeError(f'{text!r} is no number above 0')
+    return x
+
+# %% ../nbs/90_cli.ipynb #ab95e76a
 def _parser():
     import peftbook.lora # each method registers itself on import
     from peftbook.core import methods
@@ -114,7 +122,7 @@ def _parser():
     sub.add_parser('methods', help='list the methods and their options').set_defaults(run=_methods)
     return top
 
-# %% ../nbs/90_cli.ipynb #883d2675
+# %% ../nbs/90_cli.ipynb #a184c216
 def _tune_parser(p, methods):
     "The options of `tune`: one sub-command a method, those of the method and those that all share."
     sub = p.add_subparsers(dest='method', required=True, metavar=' | '.join(methods))
@@ -128,12 +136,12 @@ def _tune_parser(p, methods):
         m.add_argument('--resume', action='store_true', help='go on with the run that --out holds; start it if there is none')
         m.add_argument('--steps', type=_positive, default=STEPS, metavar='N', help='steps of the optimizer (default: %(default)s)')
         m.add_argument('--batch-size', type=_positive, default=8, metavar='N', help='rows a step (default: %(default)s)')
-        m.add_argument('--lr', type=float, metavar='X', help=f'learning rate (default: {cls.lr:g})')
+        m.add_argument('--lr', type=_rate, metavar='X', help=f'learning rate (default: {cls.lr:g})')
         m.add_argument('--seed', type=int, default=0, metavar='N', help='of the tensors\' start, the order of the rows, dropout (default: %(default)s)')
         _add_options(m.add_argument_group(f'options of {name}'), cls)
         m.set_defaults(run=_tune)
 
-# %% ../nbs/90_cli.ipynb #45094ea2
+# %% ../nbs/90_cli.ipynb #442777be
 STEPS = 50 # about four minutes on two cores without bf16 units
 
 def main(

@@ -6,12 +6,12 @@
 __all__ = ['airline_grammar', 'scenarios', 'expand', 'deal', 'sample_rows', 'airline_rows', 'normalise', 'sentences',
            'refund_decision', 'score_airline', 'scenario', 'airline']
 
-# %% ../nbs/03_scenarios.ipynb #d4f3c2cf
+# %% ../nbs/03_scenarios.ipynb #d0252824
 import random, re, unicodedata
 from functools import lru_cache
 from .data import Task
 
-# %% ../nbs/03_scenarios.ipynb #9dbe3770
+# %% ../nbs/03_scenarios.ipynb #15c98dc6
 def expand(text:str, # template with slots such as '{city}'
     grammar:dict, # slot -> list of fillers, which may hold slots themselves
     rng:random.Random, # where chance comes from
@@ -21,23 +21,24 @@ def expand(text:str, # template with slots such as '{city}'
     def fill(m):
         slot = m[1]
         if slot not in said:
-            if slot not in grammar: raise ValueError(f'unknown slot {slot!r}; the grammar has {", ".join(sorted(grammar))}')
+            if slot not in grammar: raise ValueError(f'unknown slot {slot!r}; there are {", ".join(sorted(grammar))}')
             said[slot] = expand(rng.choice(grammar[slot]), grammar, rng, said)
         return said[slot]
     return re.sub(r'\{(\w+)\}', fill, text)
 
-# %% ../nbs/03_scenarios.ipynb #7aa7b5ce
+# %% ../nbs/03_scenarios.ipynb #e7acaa19
 def deal(text:str # fillers in three blocks parted by '---' lines; within a block, one a line or parted by ' | '
     ) -> dict:
     "The fillers of one slot by split: {'train': [...], 'valid': [...], 'test': [...]}, none in two of them."
     blocks = [[o.strip() for o in re.split(r'\n| \| ', b) if o.strip()] for b in re.split(r'(?m)^\s*---\s*$', text)]
-    if len(blocks) != 3 or not all(blocks): raise ValueError(f'need three blocks of fillers, got {[len(b) for b in blocks]}')
+    if len(blocks) != 3 or not all(blocks):
+        raise ValueError(f'need three blocks of fillers (train, valid, test), got blocks of {[len(b) for b in blocks]}')
     every = sum(blocks, [])
     twice = {o for o in every if every.count(o) > 1}
     if twice: raise ValueError(f'filler given twice: {sorted(twice)[0]!r}')
     return dict(zip(('train', 'valid', 'test'), blocks))
 
-# %% ../nbs/03_scenarios.ipynb #7145b9c8
+# %% ../nbs/03_scenarios.ipynb #9c37ce33
 def sample_rows(make, # make(rng, i) -> the i-th row, a dict with 'prompt'
     n:int, # how many rows
     seed:str # any text; the same text gives the same rows on every machine
@@ -48,59 +49,70 @@ def sample_rows(make, # make(rng, i) -> the i-th row, a dict with 'prompt'
         row = make(rng, len(rows))
         if row['prompt'] in seen: misses += 1
         else: seen.add(row['prompt']); rows.append(row); misses = 0
-        if misses > 1000: raise ValueError(f'only {len(rows)} distinct rows found, {n} wanted: add templates or fillers')
+        if misses > 1000: raise ValueError(f'only {len(rows)} distinct rows for {n} wanted: add templates or fillers')
     return rows
 
-# %% ../nbs/03_scenarios.ipynb #05413415
+# %% ../nbs/03_scenarios.ipynb #cded837b
 airline_grammar = {}
 airline_grammar['ours'] = deal('''
-    an engine fault | an engine that would not start | an engine repair | a broken fuel pump on the plane | a fuel leak
-    a hydraulic leak on the aircraft | a technical defect in the plane | a mechanical problem | a technical problem with the aircraft
-    an electrical fault on the plane | a warning light in the cockpit | a faulty cockpit screen | a sensor failure on the aircraft
-    a cracked windscreen on the plane | a cargo door that would not close | a landing gear fault | a flat tyre on the plane
-    a brake fault | a wing repair | a broken toilet on board | a broken seat in the cabin | broken air conditioning on board
-    late maintenance of the plane | a missing spare part | a missing pilot | too few pilots | no pilot on duty | a pilot who came late
-    your pilots being over their working hours | a shortage of cabin crew | a crew that did not show up | cabin crew who missed their shift
-    missing crew | a tired crew that needed rest | a mistake in your crew schedule | a scheduling error | poor planning by your airline
-    a plane you had booked twice | a mix-up by your ground team | your gate staff turning up late | missing paperwork from your office
-    slow boarding by your staff | slow loading by your baggage team | bags your team put on the wrong plane | late catering by your staff
-    meals that your caterers brought late | late fuelling by your team | a crash of your booking system | an IT outage at your airline
+    an engine fault | an engine that would not start | an engine repair | a broken fuel pump on the plane
+    a fuel leak | a hydraulic leak on the aircraft | a technical defect in the plane | a mechanical problem
+    a technical problem with the aircraft | an electrical fault on the plane | a warning light in the cockpit
+    a faulty cockpit screen | a sensor failure on the aircraft | a cracked windscreen on the plane
+    a cargo door that would not close | a landing gear fault | a flat tyre on the plane | a brake fault
+    a wing repair | a broken toilet on board | a broken seat in the cabin | broken air conditioning on board
+    late maintenance of the plane | a missing spare part | a missing pilot | too few pilots | no pilot on duty
+    a pilot who came late | your pilots being over their working hours | a shortage of cabin crew
+    a crew that did not show up | cabin crew who missed their shift | missing crew | a tired crew that needed rest
+    a mistake in your crew schedule | a scheduling error | poor planning by your airline
+    a plane you had booked twice | a mix-up by your ground team | your gate staff turning up late
+    missing paperwork from your office | slow boarding by your staff | slow loading by your baggage team
+    bags your team put on the wrong plane | late catering by your staff | meals that your caterers brought late
+    late fuelling by your team | a crash of your booking system | an IT outage at your airline
     a computer failure at your check-in desk | a software error in your system | a fault in your boarding system
     a computer problem on board | an aircraft you had not prepared | a late change of plane by your airline
     ---
-    a cracked cabin window | a captain who was late for work | a bug in your boarding software | an oil leak in the engine
-    a rota error at your airline | slow refuelling by your crew | worn brakes on the plane | a plane your staff sent to the wrong gate
+    a cracked cabin window | a captain who was late for work | a bug in your boarding software
+    an oil leak in the engine | a rota error at your airline | slow refuelling by your crew
+    worn brakes on the plane | a plane your staff sent to the wrong gate
     ---
-    a generator failure on the plane | a co-pilot who overslept | a bug in your ticketing software | late cleaning by your team
-    a planning mistake at your airline | a failed brake test | too few flight attendants | a dead battery in the aircraft
-    a jammed cabin door | luggage loaded late by your workers | a broken radio in the cockpit | your staff forgetting the meals''')
+    a generator failure on the plane | a co-pilot who overslept | a bug in your ticketing software
+    late cleaning by your team | a planning mistake at your airline | a failed brake test
+    too few flight attendants | a dead battery in the aircraft | a jammed cabin door
+    luggage loaded late by your workers | a broken radio in the cockpit | your staff forgetting the meals''')
+
+# %% ../nbs/03_scenarios.ipynb #13f23d56
 airline_grammar['weather'] = deal('''
-    a snowstorm | heavy snow | a sudden snowfall | deep snow at the airport | thick fog | fog over the city | poor visibility in the mist
-    strong winds | gale-force winds | a gale | crosswinds on the runway | a thunderstorm | a lightning storm | a violent storm
-    a tropical storm | a sandstorm | heavy rain | a downpour | flooding after heavy rain | a hurricane | ice on the runway | an ice storm
-    a blizzard | sleet | deep frost | bitter cold | bad weather | stormy weather | low clouds over the airport | extreme heat
+    a snowstorm | heavy snow | a sudden snowfall | deep snow at the airport | thick fog | fog over the city
+    poor visibility in the mist | strong winds | gale-force winds | a gale | crosswinds on the runway
+    a thunderstorm | a lightning storm | a violent storm | a tropical storm | a sandstorm | heavy rain
+    a downpour | flooding after heavy rain | a hurricane | ice on the runway | an ice storm | a blizzard | sleet
+    deep frost | bitter cold | bad weather | stormy weather | low clouds over the airport | extreme heat
     ---
     a cyclone | freezing drizzle | dense haze | icy conditions | a rainstorm | strong gusts
     ---
-    a hailstorm | freezing rain | a tornado warning | a typhoon | turbulence from a storm front | dense fog at dawn
-    high winds over the airport | a winter storm''')
+    a hailstorm | freezing rain | a tornado warning | a typhoon | turbulence from a storm front
+    dense fog at dawn | high winds over the airport | a winter storm''')
 airline_grammar['outside'] = deal('''
-    an air traffic control strike | an order from air traffic control | a radar failure at the control tower | a closed airspace
-    a crowded airspace | a bird strike | birds on the runway | a security alert at the airport | long queues at airport security
-    a strike by airport security | a drone over the runway | a volcanic ash cloud | a bomb threat at the airport | a power cut at the airport
-    a police operation in the terminal | a police search of the airport | a border closure | a war nearby | a riot in the city
-    a fire at the airport | another airline blocking the runway | a crash on the road to the airport | a state visit
-    a medical emergency of a passenger | an unruly passenger | a forest fire
+    an air traffic control strike | an order from air traffic control | a radar failure at the control tower
+    a closed airspace | a crowded airspace | a bird strike | birds on the runway | a security alert at the airport
+    long queues at airport security | a strike by airport security | a drone over the runway
+    a volcanic ash cloud | a bomb threat at the airport | a power cut at the airport
+    a police operation in the terminal | a police search of the airport | a border closure | a war nearby
+    a riot in the city | a fire at the airport | another airline blocking the runway
+    a crash on the road to the airport | a state visit | a medical emergency of a passenger | an unruly passenger
+    a forest fire
     ---
-    a military exercise in the airspace | a fire alarm in the terminal | a strike by customs officers | an evacuation of the airport
+    a military exercise in the airspace | a fire alarm in the terminal | a strike by customs officers
+    an evacuation of the airport
     ---
     a wildfire near the airport | a protest on the runway | an earthquake | a suspicious bag in the terminal
     a walkout of air traffic controllers | geese on the runway''')
 
-# %% ../nbs/03_scenarios.ipynb #14d1a059
+# %% ../nbs/03_scenarios.ipynb #7ae7e8be
 airline_grammar['city'] = deal('''
-    Madrid | Oslo | Rome | Paris | Dublin | Athens | Vienna | Boston | Lisbon | Cairo | Tokyo | Milan | Berlin | Delhi | Miami | Geneva
-    Naples | Toronto | Sydney | Warsaw | Chicago | Dubai | Seville | Munich
+    Madrid | Oslo | Rome | Paris | Dublin | Athens | Vienna | Boston | Lisbon | Cairo | Tokyo | Milan | Berlin
+    Delhi | Miami | Geneva | Naples | Toronto | Sydney | Warsaw | Chicago | Dubai | Seville | Munich
     ---
     Prague | Denver | Bogota | Zurich | Malta | Seoul | Porto | Nice
     ---
@@ -112,34 +124,40 @@ airline_grammar['flight'] = deal('''
     ---
     JK 23 | VE 67 | MR 58 | ZA 9''')
 airline_grammar['late'] = deal('''
-    three hours late | four hours late | five hours late | nearly a day late | very late | two hours behind schedule | half a day late
+    three hours late | four hours late | five hours late | nearly a day late | very late
+    two hours behind schedule | half a day late
     ---
     six hours late | terribly late | an evening late
     ---
     seven hours late | hours after the planned time | much too late''')
 airline_grammar['name'] = deal('''
-    Maria | Tom | Aisha | Paul | Ines | Kofi | Laura | Omar | Nina | Jack | Priya | Hugo | Elena | Sam | Ruth | Viktor
+    Maria | Tom | Aisha | Paul | Ines | Kofi | Laura | Omar | Nina | Jack | Priya | Hugo | Elena | Sam | Ruth
+    Viktor
     ---
     Clara | Diego | Mei | Peter
     ---
     Anna | Yusuf | Grace | Leon''')
 airline_grammar['complaint'] = deal('''
-    I missed my sister's wedding. | I lost a whole day of my holiday. | My kids were exhausted. | I was stuck at the gate all night.
-    I am really angry. | This is a disgrace. | I know these things happen. | I missed an important meeting. | Nobody told us anything.
-    My mother had to wait alone. | I am very disappointed. | It ruined our weekend. | I had to sleep on the floor. | What a day.
+    I missed my sister's wedding. | I lost a whole day of my holiday. | My kids were exhausted.
+    I was stuck at the gate all night. | I am really angry. | This is a disgrace. | I know these things happen.
+    I missed an important meeting. | Nobody told us anything. | My mother had to wait alone.
+    I am very disappointed. | It ruined our weekend. | I had to sleep on the floor. | What a day.
     ---
     I missed my train home. | We were all very tired. | I am furious. | My plans fell apart.
     ---
-    I missed a job interview. | The children cried for hours. | I am not happy at all. | I stood in line all morning.''')
+    I missed a job interview. | The children cried for hours. | I am not happy at all.
+    I stood in line all morning.''')
 airline_grammar['ask'] = deal('''
-    Can I get my money back? | I want a refund. | Do I get a refund for this? | Please refund my ticket. | What happens now?
-    What will you do for me? | Please answer soon. | I would like to hear from you. | How can you help me? | What can I expect?
+    Can I get my money back? | I want a refund. | Do I get a refund for this? | Please refund my ticket.
+    What happens now? | What will you do for me? | Please answer soon. | I would like to hear from you.
+    How can you help me? | What can I expect?
     ---
     Will you refund me? | I would like my money back. | What do you offer me? | Please tell me what comes next.
     ---
-    Is a refund possible? | I think I should get my money back. | What are you going to do about it? | Please get back to me.''')
+    Is a refund possible? | I think I should get my money back. | What are you going to do about it?
+    Please get back to me.''')
 
-# %% ../nbs/03_scenarios.ipynb #6f7dee01
+# %% ../nbs/03_scenarios.ipynb #61c3fd41
 airline_grammar['prompt'] = deal('''
     My flight to {city} was {late} because of {reason}. {complaint} {ask}
     {complaint} Flight {flight} to {city} left {late} due to {reason}. {ask}
@@ -163,9 +181,10 @@ airline_grammar['prompt'] = deal('''
     You kept us waiting for the plane to {city} as a result of {reason}. {complaint} {ask} {name}
     Good evening. The announcement gave {reason} as the cause of the delay to {city}. {complaint} {ask}''')
 
-# %% ../nbs/03_scenarios.ipynb #9c0b8bc6
+# %% ../nbs/03_scenarios.ipynb #926c0090
 airline_grammar['offer'] = deal('''
-    You also get {standard}. | We also offer {standard}. | You receive {standard} too. | We still give you {standard}.
+    You also get {standard}. | We also offer {standard}. | You receive {standard} too.
+    We still give you {standard}.
     ---
     We also give you {standard}. | You still receive {standard}.
     ---
@@ -177,30 +196,38 @@ airline_grammar['empathy'] = deal('''
     ---
     I am so sorry for the late trip to {city}. | I understand how annoying this was.
     ---
-    We are very sorry about this delay. | I am sorry about the wait for {city}. | I understand how tiring this was.''')
+    We are very sorry about this delay. | I am sorry about the wait for {city}.
+    I understand how tiring this was.''')
 airline_grammar['refund'] = deal('''
-    The delay was our own fault, so we will refund your ticket. | This was our fault, so your ticket will be refunded.
-    Because we caused this delay, we refund your ticket. | We are responsible for this, so you will get a full refund.
+    The delay was our own fault, so we will refund your ticket.
+    This was our fault, so your ticket will be refunded. | Because we caused this delay, we refund your ticket.
+    We are responsible for this, so you will get a full refund.
     As this was our mistake, your ticket is refunded. | The fault was ours, so we will give you a full refund.
     ---
     As the delay was our own fault, you will get a full refund. | We caused this, so your ticket will be refunded.
     ---
-    This was our own fault, so we will give you a full refund. | Because the fault was ours, we will refund your ticket.''')
+    This was our own fault, so we will give you a full refund.
+    Because the fault was ours, we will refund your ticket.''')
 airline_grammar['no_refund'] = deal('''
-    {excuse} is outside our control, so we cannot refund your ticket. | {excuse} is not our fault, so your ticket will not be refunded.
-    Because {excuse} is beyond our control, we cannot give a refund. | As {excuse} is not our fault, a refund is not possible.
-    We do not control {excuse}, so you will not get a refund. | {excuse} is outside our control, so there is no refund.
+    {excuse} is outside our control, so we cannot refund your ticket.
+    {excuse} is not our fault, so your ticket will not be refunded.
+    Because {excuse} is beyond our control, we cannot give a refund.
+    As {excuse} is not our fault, a refund is not possible.
+    We do not control {excuse}, so you will not get a refund.
+    {excuse} is outside our control, so there is no refund.
     ---
-    As {excuse} is outside our control, you will not get a refund. | {excuse} is beyond our control, so a refund is not possible.
+    As {excuse} is outside our control, you will not get a refund.
+    {excuse} is beyond our control, so a refund is not possible.
     ---
-    {excuse} is not our fault, so we cannot give a refund. | Because {excuse} is outside our control, your ticket will not be refunded.''')
+    {excuse} is not our fault, so we cannot give a refund.
+    Because {excuse} is outside our control, your ticket will not be refunded.''')
 
-# %% ../nbs/03_scenarios.ipynb #fe3e3617
+# %% ../nbs/03_scenarios.ipynb #e37dd604
 def airline_rows(split:str, # 'train', 'valid' or 'test': which fillers
     n:int, # how many rows, half of them `ours`
     seed:int=0 # another seed, other rows from the same fillers
     ) -> list:
-    "Rows {'prompt', 'completion', 'cause': 'ours' | 'weather' | 'outside', 'reason': the cause as the customer puts it}."
+    "Rows {'prompt', 'completion', 'cause': 'ours', 'weather' or 'outside', 'reason': the cause in the customer's words}."
     g = {slot: options[split] for slot, options in airline_grammar.items()}
     def cap(s): return re.sub(r'(^|[.!?] )([a-z])', lambda m: m[1] + m[2].upper(), s)
     def make(rng, i):
@@ -209,142 +236,163 @@ def airline_rows(split:str, # 'train', 'valid' or 'test': which fillers
                     excuse='the weather' if cause == 'weather' else 'this')
         said['reason'] = rng.choice(g[cause])
         prompt = expand('{prompt}', g, rng, said)
-        reply = expand('{empathy} {refund} {offer}' if cause == 'ours' else '{empathy} {no_refund} {offer}', g, rng, said)
+        policy = '{refund}' if cause == 'ours' else '{no_refund}'
+        reply = expand('{empathy} ' + policy + ' {offer}', g, rng, said)
         return dict(prompt=cap(prompt), completion=cap(reply), cause=cause, reason=said['reason'])
     return sample_rows(make, n, f'airline/{split}/{seed}')
 
-# %% ../nbs/03_scenarios.ipynb #670453a3
+# %% ../nbs/03_scenarios.ipynb #18500497
 @lru_cache(1024)
 def normalise(text:str # any text
     ) -> str:
-    "`text` in lower case, contractions and sums of money written out ('can't' -> 'cannot', '€15' -> '15 euro'), single spaces."
+    "`text` in lower case, single spaces, contractions and sums of money written out: \"can't pay €15\" -> 'cannot pay 15 euro'."
     t = unicodedata.normalize('NFKC', text).lower().replace('’', "'").replace('fifteen', '15')
-    for a, b in ((r"\bcan't|\bcan not\b", 'cannot'), (r"\bwon't", 'will not'), (r"n't\b", ' not'), (r"'ll\b", ' will'),
-                 (r"'re\b", ' are'), (r"'ve\b", ' have'), (r"'d (?=like|love)", ' would '), (r"\bi'm\b", 'i am'), (r'[-‐‑–]', '-')): t = re.sub(a, b, t)
+    for old, new in ((r"\bcan't|\bcan not\b", 'cannot'), (r"\bwon't", 'will not'), (r"n't\b", ' not'), (r"'ll\b", ' will'),
+                     (r"'re\b", ' are'), (r"'ve\b", ' have'), (r"'d (?=like|love)", ' would '), (r"\bi'm\b", 'i am'),
+                     (r'[‐‑–]', '-')): t = re.sub(old, new, t)
     for sign, word in (('€|eur', 'euro'), (r'\$|usd', 'dollar'), ('£|gbp', 'pound')):
         t = re.sub(rf'(?:{sign})\s?(\d[\d.,]*\d|\d)', rf'\1 {word}', t)
         t = re.sub(rf'(\d)[\s-]*(?:{sign}|{word}s?)(?!\w)', rf'\1 {word}', t)
     return ' '.join(t.split())
 
-# %% ../nbs/03_scenarios.ipynb #05afe6dd
-_idioms = r"not only|do not (?:worry|hesitate)|no (?:problem|doubt|worries|later than|questions asked|matter|need)|" \
-          r"(?:at no|no|without) (?:extra |additional |further )?(?:cost|charge|fee|deduction|delay|question)s?|" \
-          r"if you (?:still )?(?:have|need) .*|refund (?:policy|process|form|department|team|option|procedure)s?"
+# %% ../nbs/03_scenarios.ipynb #8d3e0a9c
+def _any(*patterns):
+    "A compiled pattern that finds any of `patterns` as whole words."
+    return re.compile(r'\b(?:' + '|'.join(patterns) + r')\b')
+
+_idioms = _any('not only', 'do not (?:worry|hesitate)', 'no (?:problem|doubt|worries|later than|questions asked|matter|need)',
+    '(?:at no|no|without) (?:extra |additional |further )?(?:cost|charge|fee|deduction|delay|question)s?',
+    'if you (?:still )?(?:have|need) .*', 'refund (?:policy|process|form|department|team|option|procedure)s?')
+_subject = _any('we', 'i', 'you', 'your', 'our', 'it', 'the', 'this', 'that', 'there', 'no', 'a', 'as', 'because', 'since', 'so',
+    'therefore', 'unfortunately', 'please', 'will').pattern
+_cut = (r'[;:]|\s-\s|,?\s(?:but|however|although|though|while|because|since|so|as|instead)\s'
+        rf'|,\s(?:and\s)?(?={_subject})|\sand\s(?={_subject})')
+
 def sentences(text:str # a reply
     ) -> list:
-    "The sentences of `text`, each a list of clauses, normalised; idioms that only look like a negation or a condition are left out."
-    start = r'(?:we|i|you|your|our|it|the|this|that|there|no|a|as|because|since|so|therefore|unfortunately|please|will)\b'
-    cut = rf'[;:]|\s-\s|,?\s(?:but|however|although|though|while|because|since|so|as|instead)\s|,\s(?:and\s)?(?={start})|\sand\s(?={start})'
-    out = []
-    for s in re.split(r'(?<=[.!?])\s+|\n+', text):
-        s = re.sub(rf'\b(?:{_idioms})', ' ', normalise(s))
-        clauses = [c.strip() for c in re.split(cut, s) if c.strip(' .!?,')]
-        if clauses: out.append(clauses)
-    return out
+    "The sentences of `text`, each a list of normalised clauses; idioms that merely look like a negation or condition are left out."
+    found = [_idioms.sub(' ', normalise(s)) for s in re.split(r'(?<=[.!?])\s+|\n+', text)]
+    found = [[c.strip() for c in re.split(_cut, s) if c.strip(' .!?,')] for s in found]
+    return [s for s in found if s]
 
-# %% ../nbs/03_scenarios.ipynb #122b0119
-_price = r'(?:fare|money|ticket price|price of (?:your|the) ticket|amount)'
-_money = rf"refund|reimburs|pay you back|money (?:\w+ ){{0,3}}back|(?:return|give|giv|pay|credit)\w* (?:you )?(?:back )?(?:the |your )?(?:full )?{_price}|" \
-         rf"{_price} (?:\w+ ){{0,3}}(?:returned|credited|paid back|given back)"
-_no = r"\b(?:not|no|never|cannot|unable|neither|nor|without|declin\w+|den(?:y|ied)|refus\w+|reject\w+|ineligible|non-?refundable|" \
-      r"unavailable|impossible|rule out|ruled out|out of the question|instead of|rather than|in lieu of|in place of)\b"
-_open = r"\b(?:may|might|could|maybe|perhaps|possibly|(?:is|be) (?:indeed |also |still )?possible|whether|when|only|consider|review|" \
-        r"look(?:ing)? into|investigat\w+|check\w*|try|best to|hope|working (?:on|to|with)|assess|normally|usually|generally|typically|sometimes|should|(?:request|apply for|ask for|ask\w* about|submit|claim|seek)\w* " \
-        r"(?:a |for |your |the |full )*refund|help you (?:get|with)|wish|chatbot|ai|language model|capability|ability|assistant|would (?:love|have))\b"
-_yes = r"\b(?:will|shall|are|is|am|have|has|get|gets|receive|we refund|we reimburse|approved|granted|due|owe|entitled|give|offer|can|happy|glad)\b"
-_partial = r'\b(?:half|partial(?:ly)?|part of|some of|a portion)\b'
-_outside = r"\b(?:weather|control|storm|snow|fog|not (?:our|caused by us))\b"
+# %% ../nbs/03_scenarios.ipynb #9b3b320e
+_price = '(?:fare|money|ticket price|price of (?:your|the) ticket|amount)'
+_money = _any(r'refund\w*', r'non-?refund\w*', r'reimburs\w*', 'pay you back', r'money (?:\w+ ){0,3}back',
+    rf'(?:return|give|giv|pay|credit)\w* (?:you )?(?:back )?(?:the |your )?(?:full )?{_price}',
+    rf'{_price} (?:\w+ ){{0,3}}(?:returned|credited|paid back|given back)')
+_no = _any('not', 'no', 'never', 'cannot', 'unable', 'neither', 'nor', 'without', r'declin\w+', 'deny', 'denied', r'refus\w+',
+    r'reject\w+', 'ineligible', r'non-?refundable', 'unavailable', 'impossible', 'rule[sd]? out', 'out of the question',
+    'instead of', 'rather than', 'in lieu of', 'in place of')
+_open = _any('may', 'might', 'could', 'maybe', 'perhaps', 'possibly', '(?<!not )(?:is|be) (?:indeed |also |still )?possible',
+    'whether', 'when', 'only', 'consider', 'review', 'look(?:ing)? into', r'investigat\w+', r'check\w*', 'try', 'best to', 'hope',
+    'working (?:on|to|with)', 'assess', 'normally', 'usually', 'generally', 'typically', 'sometimes', 'should',
+    r'(?:request|apply for|ask for|ask\w* about|submit|claim|seek)\w* (?:a |for |your |the |full )*refund',
+    'help you (?:get|with)', 'wish', 'would (?:love|have)', 'chatbot', 'ai', 'language model', 'capability', 'ability', 'assistant')
+_yes = _any('will', 'would', 'shall', 'are', 'is', 'am', 'have', 'has', 'gets?', 'receive', 'we refund', 'we reimburse',
+    'approved', 'granted', 'due', 'owe', 'entitled', 'give', 'offer', 'can', 'happy', 'glad')
+_partial = _any('half', 'partial(?:ly)?', 'part of', 'some of', 'a portion')
+_outside = _any('weather', 'control', 'storm', 'snow', 'fog', 'not our', 'not caused by us')
 
-# %% ../nbs/03_scenarios.ipynb #66c3cc45
+# %% ../nbs/03_scenarios.ipynb #df489cab
 def _clause_decision(sentence, i):
     "'yes', 'no', 'partial' or '' for clause `i` of a sentence (a list of clauses), if it speaks of the refund."
     clause = re.sub(r'(request|claim|application) for (?:a |the |your )?(?:full )?refund', r'refund \1', sentence[i])
-    if not re.search(_money, clause) or sentence[-1].endswith('?') or re.match('(?:never|not|always) ', clause): return ''
-    whole, negated = ' '.join(sentence), re.search(_no, re.sub('not possible', 'impossible', clause))
-    request = re.search(r'refund (?:request|claim|application)(.*)', clause)
-    if request: return 'no' if negated else 'yes' if re.search('approved|granted|accepted', request[1]) else ''
-    rest = ' '.join(sentence[i+1:])
-    if re.search(_open, clause):  # 'I wish we could refund you, but we cannot' refuses all the same
-        if re.search(_no, rest) and not re.search(_money, rest): return 'no'
-        if not (negated and re.search(r'\bwhen\b', clause) and re.search(_outside, whole)): return ''
+    if not _money.search(clause) or sentence[-1].endswith('?') or re.match('(?:never|not|always) ', clause): return ''
+    whole, rest = ' '.join(sentence), ' '.join(sentence[i+1:])
+    negated = _no.search(clause)
+    asked = re.search(r'refund (?:request|claim|application)(.*)', clause)
+    if asked: return 'no' if negated else 'yes' if re.search('approved|granted|accepted', asked[1]) else ''
+    soft = _open.search(clause) or re.search(r'\bwould\b', clause)
+    if soft and _no.search(rest) and not _money.search(rest): return 'no'   # 'I wish we could refund you, but we cannot'
+    rule = negated and _outside.search(whole)                               # 'we do not refund when the weather ...'
+    if _open.search(clause) and not (rule and 'when' in clause): return ''
     if re.search(r'\b(?:unless|until|in case|depending)\b', whole): return ''
-    if re.search(r'\bif\b', whole) and not (negated and re.search(_outside, whole)): return ''
+    if re.search(r'\bif\b', whole) and not rule: return ''
     if negated: return 'no'
-    if re.search(r'\bwould\b', clause) and re.search(_no, rest): return 'no'
-    if re.search(_partial, clause): return 'partial'
-    return 'yes' if re.search(_yes, clause) else ''
+    return 'partial' if _partial.search(clause) else 'yes' if _yes.search(clause) else ''
 
-# %% ../nbs/03_scenarios.ipynb #5d0ebe43
+# %% ../nbs/03_scenarios.ipynb #ea6235aa
 def refund_decision(reply:str # what the airline answers
     ) -> str:
     "'yes' (the ticket is refunded), 'no', 'both' (contradictory, or only part of the money) or '' (not said plainly)."
     found = {_clause_decision(s, i) for s in sentences(reply) for i in range(len(s))} - {''}
     return 'both' if 'partial' in found or len(found) > 1 else found.pop() if found else ''
 
-# %% ../nbs/03_scenarios.ipynb #4821d39c
+# %% ../nbs/03_scenarios.ipynb #3908d139
+_blame_us = _any('our (?:own )?(?:fault|mistake|responsibility|error)', 'fault (?:is|was) ours', 'we (?:are|were) (?:responsible|to blame)')
+_blame_others = _any("(?:outside|beyond) (?:of )?(?:our|anyone's) control", '(?:due to|because of|caused by) (?:the )?(?:bad )?weather')
+
 def _blames(reply):
     "Whose fault the reply says it was: a set of 'ours' and 'outside'."
-    found = set()
-    for c in (c for s in sentences(reply) for c in s):
-        if re.search(_no + r'|\bif\b|\bwhether\b|\bonly\b', c): continue
-        if re.search(r'\bour (?:own )?(?:fault|mistake|responsibility|error)|fault (?:is|was) ours|we (?:are|were) (?:responsible|to blame)', c): found.add('ours')
-        if re.search(r"(?:outside|beyond) (?:of )?(?:our|anyone's) control|(?:due to|because of|caused by) (?:the )?(?:bad )?weather", c): found.add('outside')
-    return found
+    said = [c for s in sentences(reply) for c in s if not (_no.search(c) or re.search(r'\b(?:if|whether|only)\b', c))]
+    return ({'ours'} if any(_blame_us.search(c) for c in said) else set()) | \
+           ({'outside'} if any(_blame_others.search(c) for c in said) else set())
+
+# %% ../nbs/03_scenarios.ipynb #4dc6da30
+_sorry = _any('sorry (?:for|about|that|to|you|we|this)', '(?:so|very|truly|really|deeply) sorry', r'apolog\w+', 'we regret', 'i regret',
+    '(?:understand|know|imagine|see) (?:how|your|that|what|this)', r'frustrat\w+', r'sympath\w+', 'must have been')
 
 def _empathy(reply):
-    "1 for an apology or understanding that is said in full, 0.5 for a bare word of regret, else 0."
+    "1 for an apology or understanding said in full, 0.5 for a bare word of regret, else 0."
     t = re.sub(r"\b(?:not|never) (?:\w+ )?(?:sorry|apolog\w+|regret|understand)", ' ', normalise(reply))
-    full = r"\bsorry (?:for|about|that|to|you|we|this)|\bsorry,? (?:this|that)|(?:so|very|truly|really|deeply) sorry|apolog|" \
-           r"(?:understand|know|imagine|see) (?:how|your|that|what|this)|frustrat|sympath|must have been|we regret|i regret"
-    return 1. if re.search(full, t) else .5 if re.search(r'\bsorry|unfortunately|regret|sadly|afraid', t) else 0.
+    return 1. if _sorry.search(t) else .5 if _any('sorry', 'unfortunately', 'regret', 'sadly', 'afraid').search(t) else 0.
 
-# %% ../nbs/03_scenarios.ipynb #08fd998f
+# %% ../nbs/03_scenarios.ipynb #2b824532
 def _offer(reply):
-    "How much of the standard compensation is offered, in [0, 1]: two thirds for the voucher of 15 euros, one for the free rebooking."
-    got = 0.
-    for s in (re.sub(r'\b(?:no|not|cannot|without|never|nor)(?: \w+){0,4} (?:voucher|rebook\w*)', ' ', ' '.join(c)) for c in sentences(reply)):
-        free = re.search(r'\bfree\b|on us|our expense|complimentary', s) or re.search(r'(?:no|without) (?:\w+ )?(?:cost|charge|fee)', normalise(reply))
-        if 'voucher' in s: got = max(got, got % .5 + 2/3 if '15 euro' in s and not re.search(r'\b(?:may|might|could|if)\b', s) else got + 1/6)
-        if re.search(r're-?book|(?:seat|place|you) on (?:the|our) next', s): got += 1/3 if free else 1/6
-    return min(got, 1.)
+    "How much of the standard compensation is offered, in [0, 1]: two thirds the voucher of 15 euros, one third the free rebooking."
+    voucher = rebook = 0.
+    free = re.search(r'\bfree\b|(?:no|without) (?:\w+ )?(?:cost|charge|fee)|on us|our expense|complimentary', normalise(reply))
+    for s in sentences(reply):
+        s = re.sub(r'\b(?:no|not|cannot|without|never|nor)(?: \w+){0,4} (?:voucher|rebook\w*)', ' ', ' '.join(s))
+        plain = '15 euro' in s and not re.search(r'\b(?:may|might|could|if)\b', s)
+        if 'voucher' in s: voucher = max(voucher, 2/3 if plain else 1/6)
+        if re.search(r're-?book|(?:seat|place|you) on (?:the|our) next', s): rebook = 1/3 if free else 1/6
+    return voucher + rebook
+
+# %% ../nbs/03_scenarios.ipynb #765c4739
+_gifts = re.compile(r'\b(?:hotel|upgrade|miles|lounge|taxi|gift card|discount|cash|goodwill|free flight|bonus)')
 
 def _invented(reply, prompt):
     "How many sums and gifts in `reply` come neither from the standard compensation nor from `prompt`."
     t, p = normalise(reply), normalise(prompt)
-    sums = set(re.findall(r'\b([\w.,]*\w) (?:euro|dollar|pound|percent)s?\b', t)) - {'15', 'the', 'in', 'a', 'of', 'few', '100'}
-    t = re.sub(r'\b(?:no|not|cannot|without|never|nor)(?: \w+){0,5}', ' ', t)
-    gifts = set(re.findall(r'hotel|upgrade|\bmiles\b|lounge|\btaxi|gift card|discount|\bcash\b|goodwill|free flight|bonus', t))
-    return len([s for s in sums if s not in p]) + len([g for g in gifts if g not in p])
+    sums = set(re.findall(r'([\w.,]*\w) (?:euro|dollar|pound|percent)s?\b', t)) - {'15', '100', 'the', 'in', 'a', 'of', 'few'}
+    gifts = set(_gifts.findall(re.sub(r'\b(?:no|not|cannot|without|never|nor)(?: \w+){0,5}', ' ', t)))
+    return sum(x not in p for x in sums | gifts)
 
-# %% ../nbs/03_scenarios.ipynb #a1e8b428
+# %% ../nbs/03_scenarios.ipynb #6c2f8513
 def _form_cost(reply):
     "What rambling, repetition and a missing end cost, at most 0.35."
     words, said = len(reply.split()), [' '.join(s) for s in sentences(reply)]
-    return min(max(words - 70, 0)*.005, .2) + .1*(len(set(said)) < len(said)) + .05*(not reply.rstrip(' "\'*\n').endswith(('.', '!', '?', ')')))
+    ends = reply.rstrip(' "\'*\n').endswith(('.', '!', '?', ')'))
+    return min(max(words - 70, 0)*.005, .2) + .1*(len(set(said)) < len(said)) + .05*(not ends)
 
+# %% ../nbs/03_scenarios.ipynb #4a1a862e
 def _parrots(reply, prompt, n=4):
     "True if most runs of `n` words of the reply stand in the prompt."
-    runs = lambda t: [tuple(w[i:i+n]) for w in [re.findall(r'\w+', normalise(t))] for i in range(max(len(w) - n + 1, 1))]
+    def runs(text):
+        words = re.findall(r'\w+', normalise(text))
+        return [tuple(words[i:i+n]) for i in range(max(len(words) - n + 1, 1))]
     own, theirs = runs(reply), set(runs(prompt))
     return sum(r in theirs for r in own) > len(own)/2
 
-# %% ../nbs/03_scenarios.ipynb #02b6ffcb
+# %% ../nbs/03_scenarios.ipynb #5acae7b7
 def score_airline(row:dict, # a row of the task: 'prompt' and 'cause'
     reply:str # what the model answered
     ) -> float:
-    """How well `reply` answers `row`, in [0, 1]: policy 0.5, empathy 0.2, standard compensation 0.3; less for invented sums or gifts,
-    a wrong reason, rambling. At most 0.3 if the policy is broken or not said plainly, at most 0.15 for parroting."""
-    if row.get('cause') not in ('ours', 'weather', 'outside'): raise ValueError(f"row has cause {row.get('cause')!r}; need 'ours', 'weather' or 'outside'")
+    """How well `reply` answers `row`, in [0, 1]: policy 0.5, empathy 0.2, standard compensation 0.3; less for invented sums or
+    gifts, a wrong reason, rambling. At most 0.3 if the policy is broken or not said plainly, at most 0.15 for parroting.
+    ValueError for a row without a known cause, TypeError for a reply that is no text."""
+    cause = row.get('cause')
+    if cause not in ('ours', 'weather', 'outside'): raise ValueError(f"row has cause {cause!r}; need 'ours', 'weather' or 'outside'")
     if not isinstance(reply, str): raise TypeError(f'reply must be text, got {type(reply).__name__}')
-    ours, kind, offer = row['cause'] == 'ours', _empathy(reply), _offer(reply)
-    cost = _form_cost(reply) + min(.15*_invented(reply, row['prompt']), .3)
-    if ('outside' if ours else 'ours') in _blames(reply): cost += .2
-    if refund_decision(reply) == ('yes' if ours else 'no'): s = .5 + .2*kind + .3*offer - cost
-    else: s = .1*kind + .14*offer - cost
+    right, wrong_blame = ('yes', 'outside') if cause == 'ours' else ('no', 'ours')
+    cost = _form_cost(reply) + min(.15*_invented(reply, row['prompt']), .3) + .2*(wrong_blame in _blames(reply))
+    if refund_decision(reply) == right: s = .5 + .2*_empathy(reply) + .3*_offer(reply) - cost
+    else: s = .1*_empathy(reply) + .14*_offer(reply) - cost
     if _parrots(reply, row['prompt']): s = min(s, .15)
-    return round(min(max(s, 0.), 1.), 4)
+    return round(max(s, 0.), 4)
 
-# %% ../nbs/03_scenarios.ipynb #29139e06
+# %% ../nbs/03_scenarios.ipynb #d2fa6a3e
 scenarios = {}  # name -> function(seed=0) -> Task
 
 def scenario(f):
@@ -352,17 +400,18 @@ def scenario(f):
     scenarios[f.__name__] = f
     return f
 
-# %% ../nbs/03_scenarios.ipynb #6be67e7f
+# %% ../nbs/03_scenarios.ipynb #b569e993
 @scenario
 def airline(seed:int=0 # another seed, other rows from the same grammar
     ) -> Task:
-    "Customers of an airline write about a delay: empathy, refund only if it was our fault, the standard compensation. 2,000 / 100 / 100 rows."
+    "Replies to late travellers: empathy, a refund only if we were at fault, the standard compensation; 2,000/100/100 rows."
     train, valid, test = (airline_rows(split, n, seed) for split, n in (('train', 2000), ('valid', 100), ('test', 100)))
     shots = tuple(next(r for r in train if r['cause'] == cause) for cause in ('ours', 'weather', 'outside'))
     return Task('airline', train, valid, test, score_airline, _airline_instruction, shots)
 
-# %% ../nbs/03_scenarios.ipynb #4ec67258
-_airline_instruction = ('You answer customers of an airline about delayed flights, in three short sentences. First say that you are sorry. Then say '
-    'plainly whether the ticket is refunded: refund it only if the delay was our own fault, such as a technical fault, missing crew or a '
-    'mistake by our staff; never refund it for weather or other causes outside our control. Last, always offer the standard '
-    'compensation: a 15-euro meal voucher and free rebooking on the next flight.')
+# %% ../nbs/03_scenarios.ipynb #06588d73
+_airline_instruction = (
+    'You answer customers of an airline about delayed flights, in three short sentences. First say that you are sorry. Then say '
+    'plainly whether the ticket is refunded: refund it only if the delay was our own fault, such as a technical fault, missing '
+    'crew or a mistake by our staff; never refund it for weather or other causes outside our control. Last, always offer the '
+    'standard compensation: a 15-euro meal voucher and free rebooking on the next flight.')

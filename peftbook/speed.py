@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['supervised_loss']
 
-# %% ../nbs/04_speed.ipynb #15b6aead
+# %% ../nbs/04_speed.ipynb #2cfa458f
 import torch, torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-# %% ../nbs/04_speed.ipynb #f748d7ae
+# %% ../nbs/04_speed.ipynb #9b9b0c66
 _inputs = 'input_ids', 'attention_mask', 'position_ids'     # what a model reads of a batch; the labels stay with the loss
 
-# %% ../nbs/04_speed.ipynb #6f3d6235
+# %% ../nbs/04_speed.ipynb #583bb38b
 def supervised_loss(
     model,      # a causal language model of transformers, or the same inside DistributedDataParallel
     batch,      # dict of `input_ids`, `attention_mask`, `labels` ([B, T], -100 where unsupervised), perhaps `position_ids`

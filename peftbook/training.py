@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['schedules', 'lr_schedule', 'gradient_step', 'Progress', 'History', 'evaluate', 'fit']
 
-# %% ../nbs/05_training.ipynb #6b45d097
+# %% ../nbs/05_training.ipynb #970d8495
 import hashlib, io, json, math, random, signal, sys, tempfile, threading, time
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
@@ -22,10 +22,10 @@ from .data import *
 from .data import pack as _pack
 from .speed import *
 
-# %% ../nbs/05_training.ipynb #2382439e
+# %% ../nbs/05_training.ipynb #ed0abae5
 schedules = 'cosine', 'linear', 'constant'     # how the learning rate falls after the warmup
 
-# %% ../nbs/05_training.ipynb #815426db
+# %% ../nbs/05_training.ipynb #935ca24d
 def lr_schedule(
     name:str, # one of `schedules`
     steps:int, # of the run
@@ -40,7 +40,7 @@ def lr_schedule(
     rate = get_scheduler(name, opt, num_warmup_steps=w, num_training_steps=steps + (w > 0)).lr_lambdas[0]
     return [rate(i + (w > 0)) for i in range(steps)]
 
-# %% ../nbs/05_training.ipynb #8d9a4a6e
+# %% ../nbs/05_training.ipynb #c5c81fb6
 def gradient_step(
     acc, # an `accelerate.Accelerator`
     model, # the model, perhaps inside DistributedDataParallel
@@ -60,7 +60,7 @@ def gradient_step(
         loss_sum += loss.detach()
     return loss_sum, acc.clip_grad_norm_(params, math.inf if clip is None else clip)
 
-# %% ../nbs/05_training.ipynb #68b03eb9
+# %% ../nbs/05_training.ipynb #1f214c36
 class Progress:
     "One line that says how far a run is: step, loss, tokens per second, time left."
     def __init__(self,
@@ -74,7 +74,7 @@ class Progress:
         self.notebook = ip is not None and getattr(ip.get_ipython(), 'kernel', None) is not None
         self.tty = not self.notebook and sys.stderr.isatty()
 
-# %% ../nbs/05_training.ipynb #2362ac86
+# %% ../nbs/05_training.ipynb #21c2f3f2
 @patch
 def update(self:Progress,
     step:int, # steps done
@@ -108,7 +108,7 @@ def _notebook(self:Progress, step, line):
     if self.handle is None: self.handle = display(data, raw=True, display_id=True)
     else: self.handle.update(data, raw=True)
 
-# %% ../nbs/05_training.ipynb #bb813d2c
+# %% ../nbs/05_training.ipynb #f926ff47
 class History:
     "What happened in a run: `rows` (step, loss, lr, norm, seconds, tokens), `evals` (step, loss), and its `settings`."
     def __init__(self,
@@ -122,7 +122,7 @@ class History:
         return (f"History: {len(self.rows)} steps, loss {self.rows[0]['loss']:.4f} to {self.rows[-1]['loss']:.4f}, "
                 f"{sum(o['tokens'] for o in self.rows):,} tokens in {sum(o['seconds'] for o in self.rows):.0f} s")
 
-# %% ../nbs/05_training.ipynb #7a192c90
+# %% ../nbs/05_training.ipynb #ba5d08ea
 @patch(cls_method=True)
 def load(cls:History,
     path, # what `save` wrote
@@ -154,7 +154,7 @@ def _repr_png_(self:History):
     fig.savefig(out, format='png', dpi=80)
     return out.getvalue()
 
-# %% ../nbs/05_training.ipynb #7100f086
+# %% ../nbs/05_training.ipynb #128b8ea3
 def _trainable(tuner):
     "The tensors of `tuner` that train, by name; ValueError if there is nothing to train."
     if tuner.model is None: raise ValueError(f'this {tuner.name} is not attached: attach(model) it before fit')
@@ -163,7 +163,7 @@ def _trainable(tuner):
     if not live: raise ValueError(f'{tuner.name} trains nothing: none of its {len(params)} tensors has requires_grad; call requires_grad_(True) on them')
     return live
 
-# %% ../nbs/05_training.ipynb #9bede970
+# %% ../nbs/05_training.ipynb #fd770d2c
 def _check_gradients(tuner, live):
     "After the first backward pass: ValueError with the names of the tensors that got no gradient."
     if dead := [n for n, p in live.items() if p.grad is None]:
@@ -178,7 +178,7 @@ def _check_options(whole, positive):
     for k, v in positive.items():
         if v is not None and not 0 < v < math.inf: raise ValueError(f'{k}={v!r} must be a number above 0')
 
-# %% ../nbs/05_training.ipynb #37481868
+# %% ../nbs/05_training.ipynb #6e2a13c1
 def _find_run(out, resume):
     "The file from which the run in `out` can be taken up: a checkpoint, the history of a finished run, or None for a fresh start."
     if out is None:
@@ -198,7 +198,7 @@ def _check_writable(out):
         with tempfile.TemporaryFile(dir=out) as f: f.write(b'0')
     except OSError as e: raise OSError(e.errno, f'{e.strerror}; nothing was trained', str(out)) from None
 
-# %% ../nbs/05_training.ipynb #dd51e67d
+# %% ../nbs/05_training.ipynb #406d92b0
 def _save_checkpoint(path, tuner, opt, hist):
     "Write tensors, Adam's means and history as one file, whole or not at all."
     from safetensors.torch import save
@@ -215,7 +215,7 @@ def _read_checkpoint(path):
     except (SafetensorError, TypeError, KeyError, ValueError) as e:
         raise ValueError(f'{path} is no checkpoint of a run ({e}): delete it to start afresh') from None
 
-# %% ../nbs/05_training.ipynb #8914bdda
+# %% ../nbs/05_training.ipynb #c00883a0
 def _restore(found, settings, tuner, opt):
     "Put tensors and optimizer back as the file `found` has them, and return the history so far. ValueError if the settings differ."
     finished = found.name == 'history.json'
@@ -232,7 +232,7 @@ def _restore(found, settings, tuner, opt):
             opt.state[p] = dict(step=torch.tensor(float(len(hist.rows)))) | {k: have[f'{k}.{n}'].to(p.device) for k in ('exp_avg', 'exp_avg_sq')}
     return hist
 
-# %% ../nbs/05_training.ipynb #32ad88ac
+# %% ../nbs/05_training.ipynb #2f1f934c
 @contextmanager
 def _patient():
     "Within it Ctrl-C only notes itself, once: yields a function that says whether it came."
@@ -247,7 +247,7 @@ def _patient():
     try: yield lambda: bool(came)
     finally: signal.signal(signal.SIGINT, old or signal.SIG_DFL)
 
-# %% ../nbs/05_training.ipynb #12607cfa
+# %% ../nbs/05_training.ipynb #7973e4b2
 @contextmanager
 def _training(model):
     "Within it every module is in training mode, and checkpointing works above frozen embeddings."
@@ -261,7 +261,7 @@ def _training(model):
         for m, mode in modes: m.training = mode
         for m, f in old: m._gradient_checkpointing_func = f
 
-# %% ../nbs/05_training.ipynb #3188a2d8
+# %% ../nbs/05_training.ipynb #0f84cfbb
 def _rows_of(task, split):
     "The rows of a split; ValueError if there is no such split, or nothing in it."
     if split not in ('train', 'valid', 'test'): raise ValueError(f'unknown split {split!r}: there are train, valid, test')
@@ -281,7 +281,7 @@ def _mean_loss(model, tok, enc, batch_size):
             losses.append([float(o) for o in supervised_loss(model, batch)])
     return sum(l for l, _ in losses) / sum(n for _, n in losses)
 
-# %% ../nbs/05_training.ipynb #32c11fbe
+# %% ../nbs/05_training.ipynb #eed2b107
 def evaluate(
     model, # a model, perhaps with a tuner attached
     tok, # its tokenizer
@@ -303,7 +303,7 @@ def evaluate(
     replies = generate(model, tok, [question(r) for r in rows], max_new_tokens, batch_size)
     return res | dict(score=sum(task.score(r, o) for r, o in zip(rows, replies))/len(rows))
 
-# %% ../nbs/05_training.ipynb #573029c5
+# %% ../nbs/05_training.ipynb #4671df4f
 def _accelerator():
     "One device or several (under `accelerate launch` or `torchrun`), in the model's own precision."
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -327,7 +327,7 @@ def _seed(seed, step, rank):
     "Chance in a step is a function of the seed, the step and the process: no state of a generator needs to be kept."
     torch.manual_seed(random.Random(f'{seed} {step} {rank}').getrandbits(63))
 
-# %% ../nbs/05_training.ipynb #bd7b38e5
+# %% ../nbs/05_training.ipynb #76836192
 def _settings(tuner, task, enc, **options):
     "What two runs must share for one to go on where the other stopped, as JSON has it."
     data = hashlib.sha256(repr([(e['input_ids'], e['labels']) for e in enc]).encode()).hexdigest()[:16]
@@ -344,7 +344,7 @@ def _interrupted(step, steps, out):
     how = f'run the same call with resume=True to go on from {out}' if out else 'the tuner keeps what it has learned; only a run with out= can be resumed'
     return KeyboardInterrupt(f'stopped after step {step} of {steps}: {how}')
 
-# %% ../nbs/05_training.ipynb #64d1cf4f
+# %% ../nbs/05_training.ipynb #a8e09ce9
 def _train(tuner, wrapped, tok, enc, valid, opt, rates, hist, eval_every, out, acc):
     "The steps that `hist` lacks. `wrapped` is the tuner's model as `acc` prepared it."
     s, model, live, first, saved = hist.settings, tuner.model, _trainable(tuner), len(hist.rows), len(hist.rows)
@@ -374,7 +374,7 @@ def _train(tuner, wrapped, tok, enc, valid, opt, rates, hist, eval_every, out, a
             if valid and ((step + 1) % eval_every == 0 or step + 1 == steps):
                 hist.evals.append(dict(step=step+1, loss=_mean_loss(model, tok, valid, s['batch_size'])))
 
-# %% ../nbs/05_training.ipynb #eeca322c
+# %% ../nbs/05_training.ipynb #5a4e4511
 def fit(
     tuner:Tuner, # attached to its model
     tok, # the model's tokenizer

@@ -1,0 +1,134 @@
+"""The same work, ours and the peer's, in one run: step times, peak memory and their ratio.
+
+    python tests/bench_peers.py [--method lora | all] [--dtype bf16 | fp32] [--steps 7] [--json]
+
+Each side runs in a process of its own; the two take their steps in turn, so that the machine's drift meets both. Before any time
+is printed, losses and adapter gradients of the two must agree. SmolLM2, batch 8 x 128, the last 32 tokens of a row supervised."""
+import argparse, json, resource, subprocess, sys, tempfile, time
+from pathlib import Path
+from statistics import median
+
+B, T, SUPERVISED = 8, 128, 32
+
+def batch(vocab):
+    import torch
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, vocab - 10, (B, T), generator=g)
+    labels = ids.clone()
+    labels[:, :-SUPERVISED] = -100
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+
+# --- the sides: a function that makes the model ready and returns (params by our names, function that gives the mean loss)
+
+def lora_ours(model, start):
+    from peftbook.lora import LoRA
+    from peftbook.speed import supervised_loss
+    tuner = LoRA(r=4, alpha=8, targets='qv').attach(model)
+    params = tuner.params
+    copy(params, start)
+    data = batch(model.config.vocab_size)
+    def loss():
+        total, n = supervised_loss(model, data)
+        return total/n
+    return params, loss
+
+def lora_peer(model, start):
+    import peft
+    m = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=['q_proj', 'v_proj'], lora_dropout=0.))
+    def ours(n): return n.removeprefix('base_model.model.').replace('.lora_A.default.weight', '.lora.A').replace('.lora_B.default.weight', '.lora.B')
+    params = {ours(n): p for n, p in m.named_parameters() if p.requires_grad}
+    copy(params, start)
+    data = batch(model.config.vocab_size)
+    return params, lambda: m(**data, use_cache=False).loss
+
+sides = dict(lora=(lora_ours, lora_peer))
+
+def copy(params, start):
+    "The same start on both sides, off zero so that every gradient is there."
+    import torch
+    from safetensors.torch import load_file, save_file
+    if not start.exists():
+        g = torch.Generator().manual_seed(0)
+        save_file({n: torch.randn(p.shape, generator=g)*.02 for n, p in params.items()}, start)
+    have = load_file(start)
+    assert have.keys() == params.keys(), sorted(have.keys() ^ params.keys())[:4]
+    with torch.no_grad():
+        for n, p in params.items(): p.copy_(have[n])
+
+# --- one side, as a process that takes a step whenever it reads a line
+
+def side(method, which, dtype, folder):
+    import torch
+    from safetensors.torch import save_file
+    from peftbook.models import load_model
+    model = load_model(dtype=dict(bf16=torch.bfloat16, fp32=torch.float32)[dtype])[0].train()
+    own = peak()
+    params, loss_fn = sides[method][which](model, folder/'start.safetensors')
+    opt = torch.optim.AdamW(params.values(), lr=1e-3, weight_decay=0.)
+    say = lambda **kw: print('>' + json.dumps(kw), flush=True)
+    say(ready=True)
+    for n, _ in enumerate(sys.stdin):
+        t = time.perf_counter()
+        loss = loss_fn()
+        loss.backward()
+        if n == 0: save_file({k: p.grad.contiguous() for k, p in params.items()}, folder/f'grads{which}.safetensors')
+        opt.step()
+        opt.zero_grad()
+        say(seconds=time.perf_counter() - t, loss=loss.item(), mb=peak() - own)
+
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+
+# --- the run
+
+def ask(p):
+    while not (line := p.stdout.readline()).startswith('>'):
+        if not line: sys.exit(f'a side ended with code {p.wait()}')
+    return json.loads(line[1:])
+
+def step(p):
+    p.stdin.write('step\n'); p.stdin.flush()
+    return ask(p)
+
+def compare(method, dtype, steps):
+    "Run both sides in turn; the result as a dict. Exits if they do not compute the same."
+    with tempfile.TemporaryDirectory() as d:
+        procs = []
+        for which in (0, 1):
+            procs.append(subprocess.Popen([sys.executable, __file__, '--side', method, str(which), dtype, d], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            ask(procs[-1])
+        first = [step(p) for p in procs]
+        gap, cos = agree(Path(d), first, dtype)
+        for p in procs: step(p)
+        rows = [[step(p) for p in procs] for _ in range(steps)]
+        for p in procs: p.stdin.close(); p.wait()
+    ours, peer = [median(r[i]['seconds'] for r in rows) for i in (0, 1)]
+    mb = [rows[-1][i]['mb'] for i in (0, 1)]
+    return dict(method=method, dtype=dtype, steps=steps, ours=ours, peer=peer, faster=median(r[1]['seconds']/r[0]['seconds'] for r in rows),
+                ours_tokens=B*T/ours, peer_tokens=B*T/peer, ours_mb=mb[0], peer_mb=mb[1], loss_gap=gap, gradient_cosine=cos)
+
+def agree(folder, first, dtype):
+    "The gap of the losses and the cosine of the gradients; exits unless both agree within the precision."
+    import torch
+    from safetensors.torch import load_file
+    a, b = (torch.cat([t.flatten().float() for _, t in sorted(load_file(folder/f'grads{i}.safetensors').items())]) for i in (0, 1))
+    gap, cos = abs(first[0]['loss'] - first[1]['loss']), torch.cosine_similarity(a, b, 0).item()
+    if gap > dict(bf16=.05, fp32=1e-4)[dtype] or cos < dict(bf16=.99, fp32=.99999)[dtype]: sys.exit(f'the sides differ: losses {first[0]["loss"]}, {first[1]["loss"]}, cosine of the gradients {cos}')
+    return gap, cos
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--method', default='all', choices=['all', *sides])
+    p.add_argument('--dtype', default='bf16', choices=['bf16', 'fp32'])
+    p.add_argument('--steps', type=int, default=7)
+    p.add_argument('--json', action='store_true')
+    args = p.parse_args()
+    for m in sides if args.method == 'all' else [args.method]:
+        r = compare(m, args.dtype, args.steps)
+        if args.json: print(json.dumps(r))
+        else: print(f"{m} {args.dtype}: ours {r['ours']:.2f} s a step ({r['ours_tokens']:,.0f} tokens/s, {r['ours_mb']:,.0f} MB above the model), "
+                    f"PEFT {r['peer']:.2f} s ({r['peer_tokens']:,.0f}, {r['peer_mb']:,.0f} MB): {r['faster']:.2f} times as fast; "
+                    f"losses within {r['loss_gap']:.1g}, cosine of the gradients {r['gradient_cosine']:.6f}")
+
+if __name__ == '__main__':
+    if '--side' in sys.argv: side(sys.argv[2], int(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
+    else: main()
