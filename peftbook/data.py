@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['messages_of', 'read_rows', 'Task', 'encode', 'encode_rows', 'Batches', 'collate', 'pack']
 
-# %% ../nbs/02_data.ipynb #ada4b04e
+# %% ../nbs/02_data.ipynb #c1d1ad05
 import json, os, random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .models import *
 from .models import _special_ids
 
-# %% ../nbs/02_data.ipynb #969a8772
+# %% ../nbs/02_data.ipynb #3260082c
 def messages_of(
     row:dict, # with 'prompt' and 'completion', or with 'messages'
 ) -> list:
@@ -24,7 +24,7 @@ def messages_of(
     if row.get('messages') is not None: return [dict(role=m['role'], content=m['content']) for m in row['messages']]
     return [dict(role='user', content=row['prompt']), dict(role='assistant', content=row['completion'])]
 
-# %% ../nbs/02_data.ipynb #4a7f27d0
+# %% ../nbs/02_data.ipynb #15cbd432
 def _check_row(row, where):
     "Raise ValueError, saying `where`, unless `row` is something to learn from."
     if not isinstance(row, Mapping): raise ValueError(f'{where}: a row must be an object, not {type(row).__name__}')
@@ -48,7 +48,7 @@ def _check_row(row, where):
         if m['role'] == 'assistant' and not m['content'].strip(): raise ValueError(f'{where}: empty {what}')
     if not any(m['role'] == 'assistant' for m in msgs): raise ValueError(f"{where}: no message has the role 'assistant'")
 
-# %% ../nbs/02_data.ipynb #653bb88f
+# %% ../nbs/02_data.ipynb #d90ad1cb
 def _jsonl(path):
     "Each line's place and object; blank lines are skipped."
     path = Path(path).expanduser()
@@ -73,7 +73,7 @@ def read_rows(
     if not rows: raise ValueError(f'{src if isinstance(src, (str, os.PathLike)) else name}: no rows')
     return rows
 
-# %% ../nbs/02_data.ipynb #4c1ed0db
+# %% ../nbs/02_data.ipynb #a8d62801
 @dataclass
 class Task:
     "What to learn: rows to train on, rows to choose by, rows to be judged by, and how replies are scored."
@@ -90,7 +90,7 @@ class Task:
             rows = read_rows(getattr(self, split), f'{self.name}.{split}') if len(getattr(self, split)) else []
             setattr(self, split, tuple(rows) if split == 'shots' else rows)
 
-# %% ../nbs/02_data.ipynb #2842e736
+# %% ../nbs/02_data.ipynb #ea23aea6
 @patch(cls_method=True)
 def from_jsonl(cls:Task,
     path, # of a JSONL file
@@ -107,7 +107,7 @@ def from_jsonl(cls:Task,
     random.Random(seed).shuffle(rows)
     return cls(name or Path(path).stem, rows[n_valid+n_test:], rows[:n_valid], rows[n_valid:n_valid+n_test])
 
-# %% ../nbs/02_data.ipynb #0566ac6c
+# %% ../nbs/02_data.ipynb #dcce9879
 def _replies(tok, messages, n):
     "The text of the conversation, and for its last `n` replies where each begins, where its words end, and its bound."
     text, out = render(tok, messages), []
@@ -123,7 +123,7 @@ def _replies(tok, messages, n):
         out.append((len(head), at + len(words), bound))
     return text, out
 
-# %% ../nbs/02_data.ipynb #2fc5fe28
+# %% ../nbs/02_data.ipynb #ef6bfa1f
 def _encode(tok, row, tuner, max_length):
     "`encode`, but None where the replies do not fit."
     if max_length is not None and max_length < 2: raise ValueError(f'{max_length=} must be 2 at least')
@@ -146,7 +146,7 @@ def _encode(tok, row, tuner, max_length):
     if cut and cut > first - 1: return None           # one token must stay in front: the first word is predicted from it
     return dict(input_ids=ids[cut:], labels=labels[cut:], dropped=cut)
 
-# %% ../nbs/02_data.ipynb #42fccb3c
+# %% ../nbs/02_data.ipynb #49a0e801
 def encode(
     tok, # a fast tokenizer with a chat template
     row:dict, # with 'prompt' and 'completion', or with 'messages'
@@ -159,6 +159,7 @@ def encode(
     if e is None: raise ValueError(f'the reply does not fit into {max_length} tokens, and a reply is never cut: raise max_length')
     return e
 
+# %% ../nbs/02_data.ipynb #d3e1beb3
 def encode_rows(
     tok, # a fast tokenizer with a chat template
     rows:list, # as `read_rows` gives them
@@ -177,38 +178,7 @@ def encode_rows(
     return out, dict(rows=len(out), dropped=dropped, shortened=sum(e['dropped'] > 0 for e in out),
                      tokens=sum(len(e['input_ids']) for e in out), supervised=sum(l != -100 for e in out for l in e['labels']))
 
-# %% ../nbs/02_data.ipynb #b103fca9
-def encode(
-    tok, # a fast tokenizer with a chat template
-    row:dict, # with 'prompt' and 'completion', or with 'messages'
-    tuner=None, # puts its own words in front, if given
-    max_length:int=None, # in tokens; None: any
-) -> dict:
-    """A row as `input_ids`, `labels` (the same ids where the model shall learn to say them, else -100; not shifted) and
-    `dropped`, the number of the prompt's oldest tokens that did not fit into `max_length`."""
-    e = _encode(tok, row, tuner, max_length)
-    if e is None: raise ValueError(f'the reply does not fit into {max_length} tokens, and a reply is never cut: raise max_length')
-    return e
-
-def encode_rows(
-    tok, # a fast tokenizer with a chat template
-    rows:list, # as `read_rows` gives them
-    tuner=None, # puts its own words in front, if given
-    max_length:int=None, # in tokens; None: any
-) -> tuple:
-    """Every row encoded, without those whose replies do not fit, and a dict of counts: `rows` kept, `dropped` rows,
-    `shortened` rows, `tokens` and `supervised` tokens. Raises ValueError when no row is left."""
-    out, dropped = [], 0
-    for i,row in enumerate(rows):
-        try: e = _encode(tok, row, tuner, max_length)
-        except ValueError as err: raise ValueError(f'row {i}: {err}') from err
-        if e is None: dropped += 1
-        else: out.append(e)
-    if not out: raise ValueError(f'none of the {dropped} replies fits into {max_length} tokens: raise max_length')
-    return out, dict(rows=len(out), dropped=dropped, shortened=sum(e['dropped'] > 0 for e in out),
-                     tokens=sum(len(e['input_ids']) for e in out), supervised=sum(l != -100 for e in out for l in e['labels']))
-
-# %% ../nbs/02_data.ipynb #b7806317
+# %% ../nbs/02_data.ipynb #3204bc93
 class Batches:
     """`b[step]` is the list of row indices of a step: a function of seed and step alone, so that a run can go on anywhere.
     Rows of like length go together; an epoch has `len(b)` steps and sees no row twice; what does not fill a batch waits
@@ -223,7 +193,7 @@ class Batches:
         self.lengths, self.batch_size, self.seed = list(lengths), min(batch_size, len(lengths)), seed
         self._epoch = None, None
 
-# %% ../nbs/02_data.ipynb #dc8772bf
+# %% ../nbs/02_data.ipynb #d1f84588
 @patch
 def __len__(self:Batches):
     "Steps in an epoch."
@@ -245,7 +215,7 @@ def __getitem__(self:Batches, step:int):
         self._epoch = epoch, batches
     return list(self._epoch[1][i])
 
-# %% ../nbs/02_data.ipynb #ddb7f328
+# %% ../nbs/02_data.ipynb #b6a1ad2c
 def collate(
     encoded:list, # rows from `encode`, or packed ones from `pack`
     pad_id:int, # fills up; any id will do, for masks go by length
@@ -267,7 +237,7 @@ def collate(
     causal = torch.ones(T, T, dtype=torch.bool).tril()
     return batch | dict(position_ids=fill('position_ids', 0), attention_mask=((seg[:,:,None] == seg[:,None]) & causal)[:,None])
 
-# %% ../nbs/02_data.ipynb #dc2b8743
+# %% ../nbs/02_data.ipynb #fcd05165
 def pack(
     encoded:list, # rows from `encode`
     max_length:int, # of a packed row, in tokens

@@ -6,12 +6,12 @@
 __all__ = ['airline_grammar', 'scenarios', 'expand', 'deal', 'sample_rows', 'airline_rows', 'normalise', 'sentences',
            'refund_decision', 'score_airline', 'scenario', 'airline']
 
-# %% ../nbs/03_scenarios.ipynb #d0252824
+# %% ../nbs/03_scenarios.ipynb #4d6482c1
 import random, re, unicodedata
 from functools import lru_cache
 from .data import Task
 
-# %% ../nbs/03_scenarios.ipynb #15c98dc6
+# %% ../nbs/03_scenarios.ipynb #8706650d
 def expand(text:str, # template with slots such as '{city}'
     grammar:dict, # slot -> list of fillers, which may hold slots themselves
     rng:random.Random, # where chance comes from
@@ -26,7 +26,7 @@ def expand(text:str, # template with slots such as '{city}'
         return said[slot]
     return re.sub(r'\{(\w+)\}', fill, text)
 
-# %% ../nbs/03_scenarios.ipynb #e7acaa19
+# %% ../nbs/03_scenarios.ipynb #fd67b57f
 def deal(text:str # fillers in three blocks parted by '---' lines; within a block, one a line or parted by ' | '
     ) -> dict:
     "The fillers of one slot by split: {'train': [...], 'valid': [...], 'test': [...]}, none in two of them."
@@ -38,7 +38,7 @@ def deal(text:str # fillers in three blocks parted by '---' lines; within a bloc
     if twice: raise ValueError(f'filler given twice: {sorted(twice)[0]!r}')
     return dict(zip(('train', 'valid', 'test'), blocks))
 
-# %% ../nbs/03_scenarios.ipynb #9c37ce33
+# %% ../nbs/03_scenarios.ipynb #739bc638
 def sample_rows(make, # make(rng, i) -> the i-th row, a dict with 'prompt'
     n:int, # how many rows
     seed:str # any text; the same text gives the same rows on every machine
@@ -52,7 +52,7 @@ def sample_rows(make, # make(rng, i) -> the i-th row, a dict with 'prompt'
         if misses > 1000: raise ValueError(f'only {len(rows)} distinct rows for {n} wanted: add templates or fillers')
     return rows
 
-# %% ../nbs/03_scenarios.ipynb #cded837b
+# %% ../nbs/03_scenarios.ipynb #18b8d1d6
 airline_grammar = {}
 airline_grammar['ours'] = deal('''
     an engine fault | an engine that would not start | an engine repair | a broken fuel pump on the plane
@@ -81,7 +81,7 @@ airline_grammar['ours'] = deal('''
     too few flight attendants | a dead battery in the aircraft | a jammed cabin door
     luggage loaded late by your workers | a broken radio in the cockpit | your staff forgetting the meals''')
 
-# %% ../nbs/03_scenarios.ipynb #13f23d56
+# %% ../nbs/03_scenarios.ipynb #4a2b656e
 airline_grammar['weather'] = deal('''
     a snowstorm | heavy snow | a sudden snowfall | deep snow at the airport | thick fog | fog over the city
     poor visibility in the mist | strong winds | gale-force winds | a gale | crosswinds on the runway
@@ -109,7 +109,7 @@ airline_grammar['outside'] = deal('''
     a wildfire near the airport | a protest on the runway | an earthquake | a suspicious bag in the terminal
     a walkout of air traffic controllers | geese on the runway''')
 
-# %% ../nbs/03_scenarios.ipynb #7ae7e8be
+# %% ../nbs/03_scenarios.ipynb #bb9cc169
 airline_grammar['city'] = deal('''
     Madrid | Oslo | Rome | Paris | Dublin | Athens | Vienna | Boston | Lisbon | Cairo | Tokyo | Milan | Berlin
     Delhi | Miami | Geneva | Naples | Toronto | Sydney | Warsaw | Chicago | Dubai | Seville | Munich
@@ -130,6 +130,8 @@ airline_grammar['late'] = deal('''
     six hours late | terribly late | an evening late
     ---
     seven hours late | hours after the planned time | much too late''')
+
+# %% ../nbs/03_scenarios.ipynb #49fcc6e4
 airline_grammar['name'] = deal('''
     Maria | Tom | Aisha | Paul | Ines | Kofi | Laura | Omar | Nina | Jack | Priya | Hugo | Elena | Sam | Ruth
     Viktor
@@ -157,7 +159,7 @@ airline_grammar['ask'] = deal('''
     Is a refund possible? | I think I should get my money back. | What are you going to do about it?
     Please get back to me.''')
 
-# %% ../nbs/03_scenarios.ipynb #61c3fd41
+# %% ../nbs/03_scenarios.ipynb #e55e7d20
 airline_grammar['prompt'] = deal('''
     My flight to {city} was {late} because of {reason}. {complaint} {ask}
     {complaint} Flight {flight} to {city} left {late} due to {reason}. {ask}
@@ -181,7 +183,7 @@ airline_grammar['prompt'] = deal('''
     You kept us waiting for the plane to {city} as a result of {reason}. {complaint} {ask} {name}
     Good evening. The announcement gave {reason} as the cause of the delay to {city}. {complaint} {ask}''')
 
-# %% ../nbs/03_scenarios.ipynb #926c0090
+# %% ../nbs/03_scenarios.ipynb #c7b94982
 airline_grammar['offer'] = deal('''
     You also get {standard}. | We also offer {standard}. | You receive {standard} too.
     We still give you {standard}.
@@ -222,12 +224,12 @@ airline_grammar['no_refund'] = deal('''
     {excuse} is not our fault, so we cannot give a refund.
     Because {excuse} is outside our control, your ticket will not be refunded.''')
 
-# %% ../nbs/03_scenarios.ipynb #e37dd604
+# %% ../nbs/03_scenarios.ipynb #17826df3
 def airline_rows(split:str, # 'train', 'valid' or 'test': which fillers
     n:int, # how many rows, half of them `ours`
     seed:int=0 # another seed, other rows from the same fillers
     ) -> list:
-    "Rows {'prompt', 'completion', 'cause': 'ours', 'weather' or 'outside', 'reason': the cause in the customer's words}."
+    "Rows {'prompt', 'completion', 'cause': 'ours', 'weather' or 'outside', 'reason': the cause in words}."
     g = {slot: options[split] for slot, options in airline_grammar.items()}
     def cap(s): return re.sub(r'(^|[.!?] )([a-z])', lambda m: m[1] + m[2].upper(), s)
     def make(rng, i):
@@ -241,59 +243,61 @@ def airline_rows(split:str, # 'train', 'valid' or 'test': which fillers
         return dict(prompt=cap(prompt), completion=cap(reply), cause=cause, reason=said['reason'])
     return sample_rows(make, n, f'airline/{split}/{seed}')
 
-# %% ../nbs/03_scenarios.ipynb #18500497
+# %% ../nbs/03_scenarios.ipynb #5ee9a609
 @lru_cache(1024)
 def normalise(text:str # any text
     ) -> str:
-    "`text` in lower case, single spaces, contractions and sums of money written out: \"can't pay €15\" -> 'cannot pay 15 euro'."
+    "`text` in lower case, contractions and sums of money written out: \"Can't pay €15\" -> 'cannot pay 15 euro'."
     t = unicodedata.normalize('NFKC', text).lower().replace('’', "'").replace('fifteen', '15')
-    for old, new in ((r"\bcan't|\bcan not\b", 'cannot'), (r"\bwon't", 'will not'), (r"n't\b", ' not'), (r"'ll\b", ' will'),
-                     (r"'re\b", ' are'), (r"'ve\b", ' have'), (r"'d (?=like|love)", ' would '), (r"\bi'm\b", 'i am'),
-                     (r'[‐‑–]', '-')): t = re.sub(old, new, t)
+    for old, new in ((r"\bcan't|\bcan not\b", 'cannot'), (r"\bwon't", 'will not'), (r"n't\b", ' not'),
+                     (r"\bi'm\b", 'i am'), (r"'ll\b", ' will'), (r"'re\b", ' are'), (r"'ve\b", ' have'),
+                     (r"'d (?=like|love)", ' would '), (r'[‐‑–]', '-')): t = re.sub(old, new, t)
     for sign, word in (('€|eur', 'euro'), (r'\$|usd', 'dollar'), ('£|gbp', 'pound')):
         t = re.sub(rf'(?:{sign})\s?(\d[\d.,]*\d|\d)', rf'\1 {word}', t)
         t = re.sub(rf'(\d)[\s-]*(?:{sign}|{word}s?)(?!\w)', rf'\1 {word}', t)
     return ' '.join(t.split())
 
-# %% ../nbs/03_scenarios.ipynb #8d3e0a9c
+# %% ../nbs/03_scenarios.ipynb #61f77b34
 def _any(*patterns):
     "A compiled pattern that finds any of `patterns` as whole words."
     return re.compile(r'\b(?:' + '|'.join(patterns) + r')\b')
 
-_idioms = _any('not only', 'do not (?:worry|hesitate)', 'no (?:problem|doubt|worries|later than|questions asked|matter|need)',
+_idioms = _any('not only', 'do not (?:worry|hesitate)', 'no (?:problem|doubt|worries|later than|questions asked|need)',
     '(?:at no|no|without) (?:extra |additional |further )?(?:cost|charge|fee|deduction|delay|question)s?',
     'if you (?:still )?(?:have|need) .*', 'refund (?:policy|process|form|department|team|option|procedure)s?')
-_subject = _any('we', 'i', 'you', 'your', 'our', 'it', 'the', 'this', 'that', 'there', 'no', 'a', 'as', 'because', 'since', 'so',
-    'therefore', 'unfortunately', 'please', 'will').pattern
+_subject = _any('we', 'i', 'you', 'your', 'our', 'it', 'the', 'this', 'that', 'there', 'no', 'a', 'as', 'because',
+    'since', 'so', 'therefore', 'unfortunately', 'please', 'will').pattern
 _cut = (r'[;:]|\s-\s|,?\s(?:but|however|although|though|while|because|since|so|as|instead)\s'
         rf'|,\s(?:and\s)?(?={_subject})|\sand\s(?={_subject})')
 
 def sentences(text:str # a reply
     ) -> list:
-    "The sentences of `text`, each a list of normalised clauses; idioms that merely look like a negation or condition are left out."
+    "The sentences of `text`, each a list of normalised clauses, without idioms that merely look like a negation."
     found = [_idioms.sub(' ', normalise(s)) for s in re.split(r'(?<=[.!?])\s+|\n+', text)]
     found = [[c.strip() for c in re.split(_cut, s) if c.strip(' .!?,')] for s in found]
     return [s for s in found if s]
 
-# %% ../nbs/03_scenarios.ipynb #9b3b320e
+# %% ../nbs/03_scenarios.ipynb #16d5f80f
 _price = '(?:fare|money|ticket price|price of (?:your|the) ticket|amount)'
 _money = _any(r'refund\w*', r'non-?refund\w*', r'reimburs\w*', 'pay you back', r'money (?:\w+ ){0,3}back',
     rf'(?:return|give|giv|pay|credit)\w* (?:you )?(?:back )?(?:the |your )?(?:full )?{_price}',
     rf'{_price} (?:\w+ ){{0,3}}(?:returned|credited|paid back|given back)')
-_no = _any('not', 'no', 'never', 'cannot', 'unable', 'neither', 'nor', 'without', r'declin\w+', 'deny', 'denied', r'refus\w+',
-    r'reject\w+', 'ineligible', r'non-?refundable', 'unavailable', 'impossible', 'rule[sd]? out', 'out of the question',
-    'instead of', 'rather than', 'in lieu of', 'in place of')
-_open = _any('may', 'might', 'could', 'maybe', 'perhaps', 'possibly', '(?<!not )(?:is|be) (?:indeed |also |still )?possible',
-    'whether', 'when', 'only', 'consider', 'review', 'look(?:ing)? into', r'investigat\w+', r'check\w*', 'try', 'best to', 'hope',
-    'working (?:on|to|with)', 'assess', 'normally', 'usually', 'generally', 'typically', 'sometimes', 'should',
-    r'(?:request|apply for|ask for|ask\w* about|submit|claim|seek)\w* (?:a |for |your |the |full )*refund',
-    'help you (?:get|with)', 'wish', 'would (?:love|have)', 'chatbot', 'ai', 'language model', 'capability', 'ability', 'assistant')
+_no = _any('not', 'no', 'never', 'cannot', 'unable', 'neither', 'nor', 'without', r'declin\w+', 'deny', 'denied',
+    r'refus\w+', r'reject\w+', 'ineligible', r'non-?refundable', 'unavailable', 'impossible', 'rule[sd]? out',
+    'out of the question', 'instead of', 'rather than', 'in lieu of', 'in place of')
+_cannot = _any('cannot', 'unable', 'not able', 'not possible', 'impossible', 'not allowed')
+_open = _any('may', 'might', 'could', 'maybe', 'perhaps', 'possibly', 'whether', 'when', 'only', 'consider', 'review',
+    '(?<!not )(?:is|be) (?:indeed |also |still )?possible', 'look(?:ing)? into', r'investigat\w+', r'check\w*', 'try',
+    'best to', 'hope', 'working (?:on|to|with)', 'assess', 'normally', 'usually', 'generally', 'typically', 'sometimes',
+    r'(?:request|apply for|ask for|ask\w* about|submit|claim|seek)\w* (?:a |for |your |the |full )*refund', 'should',
+    'help you (?:get|with)', 'wish', 'would (?:love|have)',
+    'chatbot', 'ai', 'language model', 'capability', 'ability', 'assistant')
 _yes = _any('will', 'would', 'shall', 'are', 'is', 'am', 'have', 'has', 'gets?', 'receive', 'we refund', 'we reimburse',
     'approved', 'granted', 'due', 'owe', 'entitled', 'give', 'offer', 'can', 'happy', 'glad')
 _partial = _any('half', 'partial(?:ly)?', 'part of', 'some of', 'a portion')
 _outside = _any('weather', 'control', 'storm', 'snow', 'fog', 'not our', 'not caused by us')
 
-# %% ../nbs/03_scenarios.ipynb #df489cab
+# %% ../nbs/03_scenarios.ipynb #dcaf4393
 def _clause_decision(sentence, i):
     "'yes', 'no', 'partial' or '' for clause `i` of a sentence (a list of clauses), if it speaks of the refund."
     clause = re.sub(r'(request|claim|application) for (?:a |the |your )?(?:full )?refund', r'refund \1', sentence[i])
@@ -303,24 +307,26 @@ def _clause_decision(sentence, i):
     asked = re.search(r'refund (?:request|claim|application)(.*)', clause)
     if asked: return 'no' if negated else 'yes' if re.search('approved|granted|accepted', asked[1]) else ''
     soft = _open.search(clause) or re.search(r'\bwould\b', clause)
-    if soft and _no.search(rest) and not _money.search(rest): return 'no'   # 'I wish we could refund you, but we cannot'
-    rule = negated and _outside.search(whole)                               # 'we do not refund when the weather ...'
+    if soft and _cannot.search(rest) and not _money.search(rest): return 'no'  # 'I wish we could, but we cannot'
+    rule = negated and _outside.search(whole)  # 'we do not refund when the weather ...'
     if _open.search(clause) and not (rule and 'when' in clause): return ''
     if re.search(r'\b(?:unless|until|in case|depending)\b', whole): return ''
     if re.search(r'\bif\b', whole) and not rule: return ''
     if negated: return 'no'
     return 'partial' if _partial.search(clause) else 'yes' if _yes.search(clause) else ''
 
-# %% ../nbs/03_scenarios.ipynb #ea6235aa
+# %% ../nbs/03_scenarios.ipynb #4d157994
 def refund_decision(reply:str # what the airline answers
     ) -> str:
     "'yes' (the ticket is refunded), 'no', 'both' (contradictory, or only part of the money) or '' (not said plainly)."
     found = {_clause_decision(s, i) for s in sentences(reply) for i in range(len(s))} - {''}
     return 'both' if 'partial' in found or len(found) > 1 else found.pop() if found else ''
 
-# %% ../nbs/03_scenarios.ipynb #3908d139
-_blame_us = _any('our (?:own )?(?:fault|mistake|responsibility|error)', 'fault (?:is|was) ours', 'we (?:are|were) (?:responsible|to blame)')
-_blame_others = _any("(?:outside|beyond) (?:of )?(?:our|anyone's) control", '(?:due to|because of|caused by) (?:the )?(?:bad )?weather')
+# %% ../nbs/03_scenarios.ipynb #31464c66
+_blame_us = _any('our (?:own )?(?:fault|mistake|responsibility|error)', 'fault (?:is|was) ours',
+    'we (?:are|were) (?:responsible|to blame)')
+_blame_others = _any("(?:outside|beyond) (?:of )?(?:our|anyone's) control",
+    '(?:due to|because of|caused by) (?:the )?(?:bad )?weather')
 
 def _blames(reply):
     "Whose fault the reply says it was: a set of 'ours' and 'outside'."
@@ -328,20 +334,22 @@ def _blames(reply):
     return ({'ours'} if any(_blame_us.search(c) for c in said) else set()) | \
            ({'outside'} if any(_blame_others.search(c) for c in said) else set())
 
-# %% ../nbs/03_scenarios.ipynb #4dc6da30
-_sorry = _any('sorry (?:for|about|that|to|you|we|this)', '(?:so|very|truly|really|deeply) sorry', r'apolog\w+', 'we regret', 'i regret',
-    '(?:understand|know|imagine|see) (?:how|your|that|what|this)', r'frustrat\w+', r'sympath\w+', 'must have been')
+# %% ../nbs/03_scenarios.ipynb #8fa2e038
+_sorry = _any('sorry (?:for|about|that|to|you|we|this)', '(?:so|very|truly|really|deeply) sorry', r'apolog\w+',
+    'we regret', 'i regret', '(?:understand|know|imagine|see) (?:how|your|that|what|this)', r'frustrat\w+',
+    r'sympath\w+', 'must have been')
+_regret = _any('sorry', 'unfortunately', 'regret', 'sadly', 'afraid')
 
 def _empathy(reply):
     "1 for an apology or understanding said in full, 0.5 for a bare word of regret, else 0."
     t = re.sub(r"\b(?:not|never) (?:\w+ )?(?:sorry|apolog\w+|regret|understand)", ' ', normalise(reply))
-    return 1. if _sorry.search(t) else .5 if _any('sorry', 'unfortunately', 'regret', 'sadly', 'afraid').search(t) else 0.
+    return 1. if _sorry.search(t) else .5 if _regret.search(t) else 0.
 
-# %% ../nbs/03_scenarios.ipynb #2b824532
+# %% ../nbs/03_scenarios.ipynb #e3b83791
 def _offer(reply):
-    "How much of the standard compensation is offered, in [0, 1]: two thirds the voucher of 15 euros, one third the free rebooking."
+    "How much of the standard is offered, 0 to 1: two thirds for the voucher of 15 euros, one for the free rebooking."
     voucher = rebook = 0.
-    free = re.search(r'\bfree\b|(?:no|without) (?:\w+ )?(?:cost|charge|fee)|on us|our expense|complimentary', normalise(reply))
+    free = re.search(r'\bfree\b|(?:no|without) (?:\w+ )?(?:cost|charge|fee)|our expense', normalise(reply))
     for s in sentences(reply):
         s = re.sub(r'\b(?:no|not|cannot|without|never|nor)(?: \w+){0,4} (?:voucher|rebook\w*)', ' ', ' '.join(s))
         plain = '15 euro' in s and not re.search(r'\b(?:may|might|could|if)\b', s)
@@ -349,24 +357,24 @@ def _offer(reply):
         if re.search(r're-?book|(?:seat|place|you) on (?:the|our) next', s): rebook = 1/3 if free else 1/6
     return voucher + rebook
 
-# %% ../nbs/03_scenarios.ipynb #765c4739
+# %% ../nbs/03_scenarios.ipynb #dd37e8a6
 _gifts = re.compile(r'\b(?:hotel|upgrade|miles|lounge|taxi|gift card|discount|cash|goodwill|free flight|bonus)')
 
 def _invented(reply, prompt):
     "How many sums and gifts in `reply` come neither from the standard compensation nor from `prompt`."
     t, p = normalise(reply), normalise(prompt)
-    sums = set(re.findall(r'([\w.,]*\w) (?:euro|dollar|pound|percent)s?\b', t)) - {'15', '100', 'the', 'in', 'a', 'of', 'few'}
+    sums = set(re.findall(r'([\w.,]*\w) (?:euro|dollar|pound|percent)s?\b', t)) - {'15', '100', 'the', 'in', 'of'}
     gifts = set(_gifts.findall(re.sub(r'\b(?:no|not|cannot|without|never|nor)(?: \w+){0,5}', ' ', t)))
     return sum(x not in p for x in sums | gifts)
 
-# %% ../nbs/03_scenarios.ipynb #6c2f8513
+# %% ../nbs/03_scenarios.ipynb #3cf63b23
 def _form_cost(reply):
     "What rambling, repetition and a missing end cost, at most 0.35."
     words, said = len(reply.split()), [' '.join(s) for s in sentences(reply)]
     ends = reply.rstrip(' "\'*\n').endswith(('.', '!', '?', ')'))
     return min(max(words - 70, 0)*.005, .2) + .1*(len(set(said)) < len(said)) + .05*(not ends)
 
-# %% ../nbs/03_scenarios.ipynb #4a1a862e
+# %% ../nbs/03_scenarios.ipynb #ba608d32
 def _parrots(reply, prompt, n=4):
     "True if most runs of `n` words of the reply stand in the prompt."
     def runs(text):
@@ -375,15 +383,16 @@ def _parrots(reply, prompt, n=4):
     own, theirs = runs(reply), set(runs(prompt))
     return sum(r in theirs for r in own) > len(own)/2
 
-# %% ../nbs/03_scenarios.ipynb #5acae7b7
+# %% ../nbs/03_scenarios.ipynb #01691790
 def score_airline(row:dict, # a row of the task: 'prompt' and 'cause'
     reply:str # what the model answered
     ) -> float:
-    """How well `reply` answers `row`, in [0, 1]: policy 0.5, empathy 0.2, standard compensation 0.3; less for invented sums or
-    gifts, a wrong reason, rambling. At most 0.3 if the policy is broken or not said plainly, at most 0.15 for parroting.
+    """How well `reply` answers `row`, in [0, 1]: policy 0.5, empathy 0.2, compensation 0.3; less for invented gifts,
+    a wrong reason, rambling. At most 0.3 if the policy is broken or not said plainly, 0.15 for parroting.
     ValueError for a row without a known cause, TypeError for a reply that is no text."""
     cause = row.get('cause')
-    if cause not in ('ours', 'weather', 'outside'): raise ValueError(f"row has cause {cause!r}; need 'ours', 'weather' or 'outside'")
+    if cause not in ('ours', 'weather', 'outside'):
+        raise ValueError(f"row has cause {cause!r}; need 'ours', 'weather' or 'outside'")
     if not isinstance(reply, str): raise TypeError(f'reply must be text, got {type(reply).__name__}')
     right, wrong_blame = ('yes', 'outside') if cause == 'ours' else ('no', 'ours')
     cost = _form_cost(reply) + min(.15*_invented(reply, row['prompt']), .3) + .2*(wrong_blame in _blames(reply))
@@ -392,7 +401,7 @@ def score_airline(row:dict, # a row of the task: 'prompt' and 'cause'
     if _parrots(reply, row['prompt']): s = min(s, .15)
     return round(max(s, 0.), 4)
 
-# %% ../nbs/03_scenarios.ipynb #d2fa6a3e
+# %% ../nbs/03_scenarios.ipynb #e90c3ba6
 scenarios = {}  # name -> function(seed=0) -> Task
 
 def scenario(f):
@@ -400,18 +409,18 @@ def scenario(f):
     scenarios[f.__name__] = f
     return f
 
-# %% ../nbs/03_scenarios.ipynb #b569e993
+# %% ../nbs/03_scenarios.ipynb #90cd0639
 @scenario
 def airline(seed:int=0 # another seed, other rows from the same grammar
     ) -> Task:
-    "Replies to late travellers: empathy, a refund only if we were at fault, the standard compensation; 2,000/100/100 rows."
+    "Replies to late travellers: empathy, a refund only if we were at fault, the standard compensation."
     train, valid, test = (airline_rows(split, n, seed) for split, n in (('train', 2000), ('valid', 100), ('test', 100)))
     shots = tuple(next(r for r in train if r['cause'] == cause) for cause in ('ours', 'weather', 'outside'))
     return Task('airline', train, valid, test, score_airline, _airline_instruction, shots)
 
-# %% ../nbs/03_scenarios.ipynb #06588d73
+# %% ../nbs/03_scenarios.ipynb #a5ce62c1
 _airline_instruction = (
-    'You answer customers of an airline about delayed flights, in three short sentences. First say that you are sorry. Then say '
-    'plainly whether the ticket is refunded: refund it only if the delay was our own fault, such as a technical fault, missing '
-    'crew or a mistake by our staff; never refund it for weather or other causes outside our control. Last, always offer the '
-    'standard compensation: a 15-euro meal voucher and free rebooking on the next flight.')
+    'You answer customers of an airline about delayed flights, in three short sentences. First say that you are sorry. '
+    'Then say plainly whether the ticket is refunded: refund it only if the delay was our own fault, such as a technical '
+    'fault, missing crew or a mistake by our staff; never refund it for weather or other causes outside our control. '
+    'Last, always offer the standard compensation: a 15-euro meal voucher and free rebooking on the next flight.')

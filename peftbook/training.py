@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['schedules', 'lr_schedule', 'gradient_step', 'Progress', 'History', 'evaluate', 'fit']
 
-# %% ../nbs/05_training.ipynb #970d8495
-import hashlib, io, json, math, random, signal, sys, tempfile, threading, time
+# %% ../nbs/05_training.ipynb #ebc723c8
+import hashlib, io, json, math, os, random, signal, sys, tempfile, threading, time, warnings
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,10 @@ from .data import *
 from .data import pack as _pack
 from .speed import *
 
-# %% ../nbs/05_training.ipynb #ed0abae5
+# %% ../nbs/05_training.ipynb #a781bbd3
 schedules = 'cosine', 'linear', 'constant'     # how the learning rate falls after the warmup
 
-# %% ../nbs/05_training.ipynb #935ca24d
+# %% ../nbs/05_training.ipynb #9d19f8ac
 def lr_schedule(
     name:str, # one of `schedules`
     steps:int, # of the run
@@ -40,7 +40,7 @@ def lr_schedule(
     rate = get_scheduler(name, opt, num_warmup_steps=w, num_training_steps=steps + (w > 0)).lr_lambdas[0]
     return [rate(i + (w > 0)) for i in range(steps)]
 
-# %% ../nbs/05_training.ipynb #c5c81fb6
+# %% ../nbs/05_training.ipynb #49daa427
 def gradient_step(
     acc, # an `accelerate.Accelerator`
     model, # the model, perhaps inside DistributedDataParallel
@@ -60,7 +60,7 @@ def gradient_step(
         loss_sum += loss.detach()
     return loss_sum, acc.clip_grad_norm_(params, math.inf if clip is None else clip)
 
-# %% ../nbs/05_training.ipynb #1f214c36
+# %% ../nbs/05_training.ipynb #de68a243
 class Progress:
     "One line that says how far a run is: step, loss, tokens per second, time left."
     def __init__(self,
@@ -74,7 +74,7 @@ class Progress:
         self.notebook = ip is not None and getattr(ip.get_ipython(), 'kernel', None) is not None
         self.tty = not self.notebook and sys.stderr.isatty()
 
-# %% ../nbs/05_training.ipynb #21c2f3f2
+# %% ../nbs/05_training.ipynb #5c4d0973
 @patch
 def update(self:Progress,
     step:int, # steps done
@@ -108,7 +108,7 @@ def _notebook(self:Progress, step, line):
     if self.handle is None: self.handle = display(data, raw=True, display_id=True)
     else: self.handle.update(data, raw=True)
 
-# %% ../nbs/05_training.ipynb #f926ff47
+# %% ../nbs/05_training.ipynb #163c62f7
 class History:
     "What happened in a run: `rows` (step, loss, lr, norm, seconds, tokens), `evals` (step, loss), and its `settings`."
     def __init__(self,
@@ -122,7 +122,7 @@ class History:
         return (f"History: {len(self.rows)} steps, loss {self.rows[0]['loss']:.4f} to {self.rows[-1]['loss']:.4f}, "
                 f"{sum(o['tokens'] for o in self.rows):,} tokens in {sum(o['seconds'] for o in self.rows):.0f} s")
 
-# %% ../nbs/05_training.ipynb #ba5d08ea
+# %% ../nbs/05_training.ipynb #2a7bf3da
 @patch(cls_method=True)
 def load(cls:History,
     path, # what `save` wrote
@@ -154,7 +154,7 @@ def _repr_png_(self:History):
     fig.savefig(out, format='png', dpi=80)
     return out.getvalue()
 
-# %% ../nbs/05_training.ipynb #128b8ea3
+# %% ../nbs/05_training.ipynb #a8e373e7
 def _trainable(tuner):
     "The tensors of `tuner` that train, by name; ValueError if there is nothing to train."
     if tuner.model is None: raise ValueError(f'this {tuner.name} is not attached: attach(model) it before fit')
@@ -163,7 +163,7 @@ def _trainable(tuner):
     if not live: raise ValueError(f'{tuner.name} trains nothing: none of its {len(params)} tensors has requires_grad; call requires_grad_(True) on them')
     return live
 
-# %% ../nbs/05_training.ipynb #fd770d2c
+# %% ../nbs/05_training.ipynb #f35b2085
 def _check_gradients(tuner, live):
     "After the first backward pass: ValueError with the names of the tensors that got no gradient."
     if dead := [n for n, p in live.items() if p.grad is None]:
@@ -178,7 +178,7 @@ def _check_options(whole, positive):
     for k, v in positive.items():
         if v is not None and not 0 < v < math.inf: raise ValueError(f'{k}={v!r} must be a number above 0')
 
-# %% ../nbs/05_training.ipynb #6e2a13c1
+# %% ../nbs/05_training.ipynb #7e904099
 def _find_run(out, resume):
     "The file from which the run in `out` can be taken up: a checkpoint, the history of a finished run, or None for a fresh start."
     if out is None:
@@ -198,7 +198,7 @@ def _check_writable(out):
         with tempfile.TemporaryFile(dir=out) as f: f.write(b'0')
     except OSError as e: raise OSError(e.errno, f'{e.strerror}; nothing was trained', str(out)) from None
 
-# %% ../nbs/05_training.ipynb #406d92b0
+# %% ../nbs/05_training.ipynb #3ec88954
 def _save_checkpoint(path, tuner, opt, hist):
     "Write tensors, Adam's means and history as one file, whole or not at all."
     from safetensors.torch import save
@@ -215,7 +215,7 @@ def _read_checkpoint(path):
     except (SafetensorError, TypeError, KeyError, ValueError) as e:
         raise ValueError(f'{path} is no checkpoint of a run ({e}): delete it to start afresh') from None
 
-# %% ../nbs/05_training.ipynb #c00883a0
+# %% ../nbs/05_training.ipynb #4c400b28
 def _restore(found, settings, tuner, opt):
     "Put tensors and optimizer back as the file `found` has them, and return the history so far. ValueError if the settings differ."
     finished = found.name == 'history.json'
@@ -232,7 +232,7 @@ def _restore(found, settings, tuner, opt):
             opt.state[p] = dict(step=torch.tensor(float(len(hist.rows)))) | {k: have[f'{k}.{n}'].to(p.device) for k in ('exp_avg', 'exp_avg_sq')}
     return hist
 
-# %% ../nbs/05_training.ipynb #2f1f934c
+# %% ../nbs/05_training.ipynb #3de66e24
 @contextmanager
 def _patient():
     "Within it Ctrl-C only notes itself, once: yields a function that says whether it came."
@@ -247,7 +247,7 @@ def _patient():
     try: yield lambda: bool(came)
     finally: signal.signal(signal.SIGINT, old or signal.SIG_DFL)
 
-# %% ../nbs/05_training.ipynb #7973e4b2
+# %% ../nbs/05_training.ipynb #e85501c8
 @contextmanager
 def _training(model):
     "Within it every module is in training mode, and checkpointing works above frozen embeddings."
@@ -261,7 +261,7 @@ def _training(model):
         for m, mode in modes: m.training = mode
         for m, f in old: m._gradient_checkpointing_func = f
 
-# %% ../nbs/05_training.ipynb #0f84cfbb
+# %% ../nbs/05_training.ipynb #3bfea057
 def _rows_of(task, split):
     "The rows of a split; ValueError if there is no such split, or nothing in it."
     if split not in ('train', 'valid', 'test'): raise ValueError(f'unknown split {split!r}: there are train, valid, test')
@@ -281,7 +281,7 @@ def _mean_loss(model, tok, enc, batch_size):
             losses.append([float(o) for o in supervised_loss(model, batch)])
     return sum(l for l, _ in losses) / sum(n for _, n in losses)
 
-# %% ../nbs/05_training.ipynb #eed2b107
+# %% ../nbs/05_training.ipynb #3f62bf98
 def evaluate(
     model, # a model, perhaps with a tuner attached
     tok, # its tokenizer
@@ -303,11 +303,21 @@ def evaluate(
     replies = generate(model, tok, [question(r) for r in rows], max_new_tokens, batch_size)
     return res | dict(score=sum(task.score(r, o) for r, o in zip(rows, replies))/len(rows))
 
-# %% ../nbs/05_training.ipynb #4671df4f
+# %% ../nbs/05_training.ipynb #3f9b6f0c
 def _accelerator():
-    "One device or several (under `accelerate launch` or `torchrun`), in the model's own precision."
+    "One device or several (under `torchrun` or `accelerate launch`), in the model's own precision."
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    return Accelerator(mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    started = int(os.environ.get('WORLD_SIZE', 1))
+    gloo = started > 1 and not torch.accelerator.is_available()        # accelerate has to be told that the processes run on the CPU
+    acc = Accelerator(cpu=gloo, mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    if acc.num_processes != started: raise RuntimeError(f'{started} processes were started but accelerate sees {acc.num_processes}: each would train alone')
+    return acc
+
+def _wrap(acc, model):
+    "The model inside DistributedDataParallel if there are several processes. Frozen buffers (a quantized base) are not sent around."
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)      # torch 2.13 has a second name for broadcast_buffers, older ones do not
+        return acc.prepare_model(model, device_placement=acc.num_processes > 1)
 
 def _micro_batches(rows, enc, tok, batch_size, acc, device):
     "This process's share of a step's rows, as batches on its device."
@@ -327,7 +337,7 @@ def _seed(seed, step, rank):
     "Chance in a step is a function of the seed, the step and the process: no state of a generator needs to be kept."
     torch.manual_seed(random.Random(f'{seed} {step} {rank}').getrandbits(63))
 
-# %% ../nbs/05_training.ipynb #76836192
+# %% ../nbs/05_training.ipynb #f3ba0a5a
 def _settings(tuner, task, enc, **options):
     "What two runs must share for one to go on where the other stopped, as JSON has it."
     data = hashlib.sha256(repr([(e['input_ids'], e['labels']) for e in enc]).encode()).hexdigest()[:16]
@@ -344,7 +354,7 @@ def _interrupted(step, steps, out):
     how = f'run the same call with resume=True to go on from {out}' if out else 'the tuner keeps what it has learned; only a run with out= can be resumed'
     return KeyboardInterrupt(f'stopped after step {step} of {steps}: {how}')
 
-# %% ../nbs/05_training.ipynb #a8e09ce9
+# %% ../nbs/05_training.ipynb #235684f2
 def _train(tuner, wrapped, tok, enc, valid, opt, rates, hist, eval_every, out, acc):
     "The steps that `hist` lacks. `wrapped` is the tuner's model as `acc` prepared it."
     s, model, live, first, saved = hist.settings, tuner.model, _trainable(tuner), len(hist.rows), len(hist.rows)
@@ -374,7 +384,13 @@ def _train(tuner, wrapped, tok, enc, valid, opt, rates, hist, eval_every, out, a
             if valid and ((step + 1) % eval_every == 0 or step + 1 == steps):
                 hist.evals.append(dict(step=step+1, loss=_mean_loss(model, tok, valid, s['batch_size'])))
 
-# %% ../nbs/05_training.ipynb #5a4e4511
+def _finish(tuner, hist, out):
+    "The adapter, the history, and only then no checkpoint: killed in between, the run is taken up from it."
+    tuner.save(out)
+    hist.save(out/'history.json')
+    for f in out.glob('*checkpoint.safetensors*'): f.unlink()    # also what a killed run was writing, whose name begins with a dot
+
+# %% ../nbs/05_training.ipynb #344384ab
 def fit(
     tuner:Tuner, # attached to its model
     tok, # the model's tokenizer
@@ -397,22 +413,18 @@ def fit(
     out, lr, model = None if out is None else Path(out), tuner.lr if lr is None else lr, tuner.model
     live = _trainable(tuner)
     _check_options(dict(steps=steps, batch_size=batch_size, accumulate=accumulate, eval_every=eval_every, pack=pack, max_length=max_length), dict(lr=lr, clip=clip))
-    rates, rows = [lr*o for o in lr_schedule(schedule, steps, warmup)], _rows_of(task, 'train')
+    rates = [lr*o for o in lr_schedule(schedule, steps, warmup)]
     valid = encode_rows(tok, _rows_of(task, 'valid')[:128], tuner, _longest(model))[0] if eval_every else None
     found, acc = _find_run(out, resume), _accelerator()
     if out and acc.is_main_process: _check_writable(out)
-    enc = _encode_train(tok, rows, tuner, _longest(model, max_length), pack, acc.is_main_process)
+    enc = _encode_train(tok, _rows_of(task, 'train'), tuner, _longest(model, max_length), pack, acc.is_main_process)
     settings = _settings(tuner, task, enc, steps=steps, lr=lr, batch_size=batch_size, accumulate=accumulate, warmup=warmup, schedule=schedule,
                          clip=clip, seed=seed, pack=pack, max_length=max_length, processes=acc.num_processes)
     for p in tuner.params.values(): p.data = p.data.float()
-    wrapped = acc.prepare_model(model, device_placement=acc.num_processes > 1)
-    opt = torch.optim.AdamW(live.values(), lr=lr, weight_decay=0.)
+    wrapped, opt = _wrap(acc, model), torch.optim.AdamW(live.values(), lr=lr, weight_decay=0.)
     hist = _restore(found, settings, tuner, opt) if found else History(settings)
     if len(hist.rows) == steps: return hist                      # finished long ago
     _train(tuner, wrapped, tok, enc, valid, opt, rates, hist, eval_every, out, acc)
-    if out and acc.is_main_process:
-        tuner.save(out)
-        hist.save(out/'history.json')
-        (out/'checkpoint.safetensors').unlink(missing_ok=True)   # last: killed before this, the run is taken up from it
+    if out and acc.is_main_process: _finish(tuner, hist, out)
     acc.wait_for_everyone()
     return hist

@@ -1,7 +1,8 @@
 "The airline task: the split, the gold replies, and a scorer held to replies written by hand before any training."
-import time, itertools, pytest
+import functools, itertools, time, pytest
 from peftbook.scenarios import airline, scenarios, score_airline, airline_grammar, normalise, refund_decision
 
+once = functools.cache(airline)
 prompts = dict(
     ours='My flight to Oslo left five hours late because of an engine fault. I missed a wedding. Can I have my money back?',
     weather='My flight to Oslo left five hours late because of a snowstorm. I missed a wedding. Can I have my money back?',
@@ -110,12 +111,12 @@ decisions = {
             'As the fault was ours, you are eligible for a refund.', "Because this was our fault, we'd like to refund your ticket.",
             'Please be assured that we will refund you.', 'We will process your refund as soon as possible.', 'Your request for a refund is granted.',
             "Sorry we couldn't fly on time and will refund your ticket.", 'We will refund your ticket without delay.', 'A refund was approved and is on its way.'],
-    'no':  ["There's no refund for weather.", "Refunds don't apply here.", "I'm afraid that I can't offer you a refund.", "A refund won't be possible.",
+    'no':  ['I wish we could, but a refund is not possible.', "There's no refund for weather.", "Refunds don't apply here.", "I'm afraid that I can't offer you a refund.", "A refund won't be possible.",
             'We are not in a position to refund your ticket.', "It's not possible to refund your ticket.", 'Please note that no refund can be given.',
             'We only refund when it is our fault, so here there is no refund.', 'Your request for a refund was denied.',
             "You don't get any money back.", 'Instead of a refund, we offer a voucher.', "We'd love to refund you, but that is not possible.",
             'Refunds are unavailable.', 'Neither a refund nor a new ticket is due.', 'Your fare will not be returned.'],
-    '':    ['We will do our best to refund you.', 'A refund is possible.', 'You can ask for a refund.', 'Would you like a refund?',
+    '':    ["A refund is indeed possible, but it's not a default option.", 'You cannot request a refund here.', 'We will do our best to refund you.', 'A refund is possible.', 'You can ask for a refund.', 'Would you like a refund?',
             'We will check whether you get a refund.', 'Please see our refund policy.', 'You asked for a refund.', 'Refunds may not be available.',
             'We hope to refund you.', 'Usually we refund such tickets.', 'We are sorry.', 'If you would like a refund, we will tell you more.'],
     'both': ['We refund your ticket, but no refund is due.', 'You will get a partial refund.', 'We will refund half of the fare.']}
@@ -136,14 +137,14 @@ def test_each_reply_is_wrong_for_the_other_side():
         for other in ('weather', 'outside') if c == 'ours' else ('ours',): assert score_airline(row[other], r) <= .3, r
 
 def test_gold_replies():
-    t = airline()
+    t = once()
     for r in t.train + t.valid + t.test: assert t.score(r, r['completion']) > .95, r
     wrong = {'ours': 'weather', 'weather': 'ours', 'outside': 'ours'}
     for split in (t.train[:300], t.valid, t.test):
         for r in split: assert t.score({**r, 'cause': wrong[r['cause']]}, r['completion']) <= .3, r
 
 def test_rows():
-    t = airline()
+    t = once()
     assert (len(t.train), len(t.valid), len(t.test)) == (2000, 100, 100)
     rows = t.train + t.valid + t.test
     assert len({r['prompt'] for r in rows}) == len(rows)
@@ -157,25 +158,26 @@ def test_rows():
 def test_disjoint():
     for slot, options in airline_grammar.items():
         for a, b in itertools.combinations(('train', 'valid', 'test'), 2): assert not set(options[a]) & set(options[b]), slot
-    t = airline()
+    t = once()
     for a, b in itertools.permutations((t.train, t.valid, t.test), 2):
         seen = ' '.join(r['prompt'] for r in a)
         for r in b: assert r['reason'] not in seen, r['reason']
         assert not {r['completion'] for r in a} & {r['completion'] for r in b}
 
 def test_seeds():
-    a, b, c = airline(), airline(), airline(seed=1)
+    a, b, c = once(), airline(), airline(seed=1)
     assert a.train == b.train and a.test == b.test and a.train != c.train and a.test != c.test
 
 def test_instruction_and_shots():
-    t = airline()
+    t = once()
     assert '15-euro' in t.instruction and 'refund' in t.instruction.lower()
     assert [r['cause'] for r in t.shots] == ['ours', 'weather', 'outside']
     assert all(r in t.train for r in t.shots)
     assert score_airline(row['ours'], t.instruction) < .2 and score_airline(row['weather'], t.instruction) < .2
 
 def test_cheap():
-    start = time.perf_counter(); airline(); assert time.perf_counter() - start < .5
+    def took(): start = time.perf_counter(); airline(); return time.perf_counter() - start
+    assert min(took() for _ in range(3)) < .5
 
 def test_registry(): assert scenarios['airline'] is airline and airline().name == 'airline'
 

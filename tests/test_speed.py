@@ -1,0 +1,81 @@
+"The loss on supervised tokens against the plain way: every architecture, either padding, packed rows."
+import pytest, torch, torch.nn.functional as F
+
+from peftbook.data import collate, encode, pack
+from peftbook.lora import LoRA
+from peftbook.models import tiny_archs, tiny_model
+from peftbook.speed import supervised_loss
+
+rows = [dict(prompt='why', completion='because it is so'), dict(prompt='how much is it, all in all?', completion='two'),
+        dict(prompt='hm', completion='yes indeed')]
+
+def plain_loss(model, batch):
+    logits = model(**{k: v for k, v in batch.items() if k != 'labels'}, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch['labels'][:, 1:].flatten(), reduction='sum')
+
+def grads(loss, params): return [g for g in torch.autograd.grad(loss, params, allow_unused=True) if g is not None]
+
+@pytest.mark.parametrize('kind', ['right', 'left', 'packed'])
+@pytest.mark.parametrize('arch', tiny_archs)
+def test_equal_loss_and_gradients(arch, kind):
+    "All weights train here, so the head's and the embeddings' gradients are compared too. Tolerance 1e-5 of the largest gradient."
+    model, tok = tiny_model(arch)
+    enc = [encode(tok, r) for r in rows]
+    batch = collate(pack(enc, 200), tok.pad_token_id) if kind == 'packed' else collate(enc, tok.pad_token_id, kind)
+    params = list(model.parameters())
+    want, (got, n) = plain_loss(model, batch), supervised_loss(model, batch)
+    assert n == sum(l != -100 for e in enc for l in e['labels']) and isinstance(n, int)
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    a, b = grads(want, params), grads(got, params)
+    assert len(a) == len(b) >= 4
+    top = max(g.abs().max().item() for g in a)
+    assert max((x - y).abs().max().item() for x, y in zip(a, b)) <= 1e-5*top
+
+@pytest.mark.parametrize('arch', tiny_archs)
+def test_equal_with_a_tuner(arch):
+    model, tok = tiny_model(arch)
+    tuner = LoRA().attach(model)
+    batch = collate([encode(tok, r) for r in rows], tok.pad_token_id)
+    a, b = (grads(l, list(tuner.params.values())) for l in (plain_loss(model, batch), supervised_loss(model, batch)[0]))
+    assert len(a) == len(b) == len(tuner.params)
+    for x, y in zip(a, b): torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+def test_scaling_after_the_head_is_kept():
+    "Architectures that cap or scale their logits do so after the head; the hook leaves them to it."
+    import transformers as tf
+    torch.manual_seed(0)
+    cfg = tf.Gemma2Config(vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                          num_key_value_heads=1, head_dim=8, final_logit_softcapping=.05, initializer_range=.5)
+    model = tf.Gemma2ForCausalLM(cfg).eval()
+    ids = torch.randint(5, 99, (2, 9))
+    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids.clone().index_fill_(1, torch.arange(6), -100))
+    loss, n = supervised_loss(model, batch)
+    assert n == 6 and loss.item() == pytest.approx(plain_loss(model, batch).item(), rel=1e-6)
+    cfg.final_logit_softcapping = None
+    assert loss.item() != pytest.approx(supervised_loss(model, batch)[0].item(), rel=1e-4)
+
+def test_bf16_loss_is_fp32():
+    model, tok = tiny_model('llama', dtype=torch.bfloat16)
+    loss, _ = supervised_loss(model, collate([encode(tok, rows[0])], 0))
+    assert loss.dtype == torch.float32
+
+def test_nothing_supervised_raises():
+    "trl#588: a batch whose labels are all masked must not train in silence."
+    model, tok = tiny_model('llama')
+    batch = collate([encode(tok, rows[0])], 0)
+    batch['labels'][:, 1:] = -100
+    with pytest.raises(ValueError, match='no supervised token'): supervised_loss(model, batch)
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+def test_hook_is_removed_after_an_error():
+    model, tok = tiny_model('llama')
+    batch = collate([encode(tok, rows[0])], 0)
+    batch['input_ids'][0, 0] = 10**6
+    with pytest.raises(IndexError): supervised_loss(model, batch)
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+def test_no_head_is_named():
+    import transformers as tf
+    model = tf.LlamaModel(tf.LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+    ids = torch.tensor([[1, 2]])
+    with pytest.raises(ValueError, match='LlamaModel names no output head'): supervised_loss(model, dict(input_ids=ids, attention_mask=ids, labels=ids))
