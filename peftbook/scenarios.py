@@ -6,12 +6,12 @@
 __all__ = ['airline_grammar', 'scenarios', 'expand', 'deal', 'sample_rows', 'airline_rows', 'normalise', 'sentences',
            'refund_decision', 'score_airline', 'scenario', 'airline']
 
-# %% ../nbs/03_scenarios.ipynb #4d6482c1
+# %% ../nbs/03_scenarios.ipynb #89fe9f00
 import random, re, unicodedata
 from functools import lru_cache
 from .data import Task
 
-# %% ../nbs/03_scenarios.ipynb #8706650d
+# %% ../nbs/03_scenarios.ipynb #1d9edaac
 def expand(text:str, # template with slots such as '{city}'
     grammar:dict, # slot -> list of fillers, which may hold slots themselves
     rng:random.Random, # where chance comes from
@@ -26,7 +26,7 @@ def expand(text:str, # template with slots such as '{city}'
         return said[slot]
     return re.sub(r'\{(\w+)\}', fill, text)
 
-# %% ../nbs/03_scenarios.ipynb #fd67b57f
+# %% ../nbs/03_scenarios.ipynb #4e44231e
 def deal(text:str # fillers in three blocks parted by '---' lines; within a block, one a line or parted by ' | '
     ) -> dict:
     "The fillers of one slot by split: {'train': [...], 'valid': [...], 'test': [...]}, none in two of them."
@@ -38,7 +38,7 @@ def deal(text:str # fillers in three blocks parted by '---' lines; within a bloc
     if twice: raise ValueError(f'filler given twice: {sorted(twice)[0]!r}')
     return dict(zip(('train', 'valid', 'test'), blocks))
 
-# %% ../nbs/03_scenarios.ipynb #739bc638
+# %% ../nbs/03_scenarios.ipynb #091819bc
 def sample_rows(make, # make(rng, i) -> the i-th row, a dict with 'prompt'
     n:int, # how many rows
     seed:str # any text; the same text gives the same rows on every machine
@@ -52,7 +52,7 @@ def sample_rows(make, # make(rng, i) -> the i-th row, a dict with 'prompt'
         if misses > 1000: raise ValueError(f'only {len(rows)} distinct rows for {n} wanted: add templates or fillers')
     return rows
 
-# %% ../nbs/03_scenarios.ipynb #18b8d1d6
+# %% ../nbs/03_scenarios.ipynb #6f898ac0
 airline_grammar = {}
 airline_grammar['ours'] = deal('''
     an engine fault | an engine that would not start | an engine repair | a broken fuel pump on the plane
@@ -81,7 +81,7 @@ airline_grammar['ours'] = deal('''
     too few flight attendants | a dead battery in the aircraft | a jammed cabin door
     luggage loaded late by your workers | a broken radio in the cockpit | your staff forgetting the meals''')
 
-# %% ../nbs/03_scenarios.ipynb #4a2b656e
+# %% ../nbs/03_scenarios.ipynb #c2785a70
 airline_grammar['weather'] = deal('''
     a snowstorm | heavy snow | a sudden snowfall | deep snow at the airport | thick fog | fog over the city
     poor visibility in the mist | strong winds | gale-force winds | a gale | crosswinds on the runway
@@ -109,7 +109,7 @@ airline_grammar['outside'] = deal('''
     a wildfire near the airport | a protest on the runway | an earthquake | a suspicious bag in the terminal
     a walkout of air traffic controllers | geese on the runway''')
 
-# %% ../nbs/03_scenarios.ipynb #bb9cc169
+# %% ../nbs/03_scenarios.ipynb #a841613f
 airline_grammar['city'] = deal('''
     Madrid | Oslo | Rome | Paris | Dublin | Athens | Vienna | Boston | Lisbon | Cairo | Tokyo | Milan | Berlin
     Delhi | Miami | Geneva | Naples | Toronto | Sydney | Warsaw | Chicago | Dubai | Seville | Munich
@@ -131,7 +131,7 @@ airline_grammar['late'] = deal('''
     ---
     seven hours late | hours after the planned time | much too late''')
 
-# %% ../nbs/03_scenarios.ipynb #49fcc6e4
+# %% ../nbs/03_scenarios.ipynb #05e54c95
 airline_grammar['name'] = deal('''
     Maria | Tom | Aisha | Paul | Ines | Kofi | Laura | Omar | Nina | Jack | Priya | Hugo | Elena | Sam | Ruth
     Viktor
@@ -159,7 +159,7 @@ airline_grammar['ask'] = deal('''
     Is a refund possible? | I think I should get my money back. | What are you going to do about it?
     Please get back to me.''')
 
-# %% ../nbs/03_scenarios.ipynb #e55e7d20
+# %% ../nbs/03_scenarios.ipynb #fb4ed7bd
 airline_grammar['prompt'] = deal('''
     My flight to {city} was {late} because of {reason}. {complaint} {ask}
     {complaint} Flight {flight} to {city} left {late} due to {reason}. {ask}
@@ -183,7 +183,7 @@ airline_grammar['prompt'] = deal('''
     You kept us waiting for the plane to {city} as a result of {reason}. {complaint} {ask} {name}
     Good evening. The announcement gave {reason} as the cause of the delay to {city}. {complaint} {ask}''')
 
-# %% ../nbs/03_scenarios.ipynb #c7b94982
+# %% ../nbs/03_scenarios.ipynb #7f0f5010
 airline_grammar['offer'] = deal('''
     You also get {standard}. | We also offer {standard}. | You receive {standard} too.
     We still give you {standard}.
@@ -201,30 +201,21 @@ airline_grammar['empathy'] = deal('''
     We are very sorry about this delay. | I am sorry about the wait for {city}.
     I understand how tiring this was.''')
 airline_grammar['refund'] = deal('''
-    The delay was our own fault, so we will refund your ticket.
-    This was our fault, so your ticket will be refunded. | Because we caused this delay, we refund your ticket.
-    We are responsible for this, so you will get a full refund.
-    As this was our mistake, your ticket is refunded. | The fault was ours, so we will give you a full refund.
+    The delay was our own fault, so we will refund your ticket. | Because we caused this delay, we will refund your ticket.
+    This was our fault, so we will refund your ticket in full. | As this was our mistake, we will give you a full refund.
     ---
-    As the delay was our own fault, you will get a full refund. | We caused this, so your ticket will be refunded.
+    As the delay was our own fault, we will give you a full refund. | We caused this, so we will refund your ticket in full.
     ---
-    This was our own fault, so we will give you a full refund.
-    Because the fault was ours, we will refund your ticket.''')
+    This was our own fault, so we will give you a full refund. | Because the delay was our fault, we will refund your ticket.''')
 airline_grammar['no_refund'] = deal('''
-    {excuse} is outside our control, so we cannot refund your ticket.
-    {excuse} is not our fault, so your ticket will not be refunded.
-    Because {excuse} is beyond our control, we cannot give a refund.
-    As {excuse} is not our fault, a refund is not possible.
-    We do not control {excuse}, so you will not get a refund.
-    {excuse} is outside our control, so there is no refund.
+    {excuse} is outside our control, so we cannot refund your ticket. | We do not control {excuse}, so we cannot refund your ticket.
+    Because {excuse} is beyond our control, we cannot give a refund. | As {excuse} is outside our control, a refund is not possible.
     ---
-    As {excuse} is outside our control, you will not get a refund.
-    {excuse} is beyond our control, so a refund is not possible.
+    As {excuse} is outside our control, we cannot give a refund. | {excuse} is beyond our control, so a refund is not possible.
     ---
-    {excuse} is not our fault, so we cannot give a refund.
-    Because {excuse} is outside our control, your ticket will not be refunded.''')
+    {excuse} is beyond our control, so we cannot give a refund. | Because {excuse} is outside our control, we cannot refund your ticket.''')
 
-# %% ../nbs/03_scenarios.ipynb #17826df3
+# %% ../nbs/03_scenarios.ipynb #f8950d15
 def airline_rows(split:str, # 'train', 'valid' or 'test': which fillers
     n:int, # how many rows, half of them `ours`
     seed:int=0 # another seed, other rows from the same fillers
@@ -243,7 +234,7 @@ def airline_rows(split:str, # 'train', 'valid' or 'test': which fillers
         return dict(prompt=cap(prompt), completion=cap(reply), cause=cause, reason=said['reason'])
     return sample_rows(make, n, f'airline/{split}/{seed}')
 
-# %% ../nbs/03_scenarios.ipynb #5ee9a609
+# %% ../nbs/03_scenarios.ipynb #d89c15e1
 @lru_cache(1024)
 def normalise(text:str # any text
     ) -> str:
@@ -257,7 +248,7 @@ def normalise(text:str # any text
         t = re.sub(rf'(\d)[\s-]*(?:{sign}|{word}s?)(?!\w)', rf'\1 {word}', t)
     return ' '.join(t.split())
 
-# %% ../nbs/03_scenarios.ipynb #61f77b34
+# %% ../nbs/03_scenarios.ipynb #fdee1d8c
 def _any(*patterns):
     "A compiled pattern that finds any of `patterns` as whole words."
     return re.compile(r'\b(?:' + '|'.join(patterns) + r')\b')
@@ -277,7 +268,7 @@ def sentences(text:str # a reply
     found = [[c.strip() for c in re.split(_cut, s) if c.strip(' .!?,')] for s in found]
     return [s for s in found if s]
 
-# %% ../nbs/03_scenarios.ipynb #16d5f80f
+# %% ../nbs/03_scenarios.ipynb #02e33014
 _price = '(?:fare|money|ticket price|price of (?:your|the) ticket|amount)'
 _money = _any(r'refund\w*', r'non-?refund\w*', r'reimburs\w*', 'pay you back', r'money (?:\w+ ){0,3}back',
     rf'(?:return|give|giv|pay|credit)\w* (?:you )?(?:back )?(?:the |your )?(?:full )?{_price}',
@@ -297,7 +288,7 @@ _yes = _any('will', 'would', 'shall', 'are', 'is', 'am', 'have', 'has', 'gets?',
 _partial = _any('half', 'partial(?:ly)?', 'part of', 'some of', 'a portion')
 _outside = _any('weather', 'control', 'storm', 'snow', 'fog', 'not our', 'not caused by us')
 
-# %% ../nbs/03_scenarios.ipynb #dcaf4393
+# %% ../nbs/03_scenarios.ipynb #16b4d3d4
 def _clause_decision(sentence, i):
     "'yes', 'no', 'partial' or '' for clause `i` of a sentence (a list of clauses), if it speaks of the refund."
     clause = re.sub(r'(request|claim|application) for (?:a |the |your )?(?:full )?refund', r'refund \1', sentence[i])
@@ -315,14 +306,14 @@ def _clause_decision(sentence, i):
     if negated: return 'no'
     return 'partial' if _partial.search(clause) else 'yes' if _yes.search(clause) else ''
 
-# %% ../nbs/03_scenarios.ipynb #4d157994
+# %% ../nbs/03_scenarios.ipynb #f9b5a193
 def refund_decision(reply:str # what the airline answers
     ) -> str:
     "'yes' (the ticket is refunded), 'no', 'both' (contradictory, or only part of the money) or '' (not said plainly)."
     found = {_clause_decision(s, i) for s in sentences(reply) for i in range(len(s))} - {''}
     return 'both' if 'partial' in found or len(found) > 1 else found.pop() if found else ''
 
-# %% ../nbs/03_scenarios.ipynb #31464c66
+# %% ../nbs/03_scenarios.ipynb #bc6895ec
 _blame_us = _any('our (?:own )?(?:fault|mistake|responsibility|error)', 'fault (?:is|was) ours',
     'we (?:are|were) (?:responsible|to blame)')
 _blame_others = _any("(?:outside|beyond) (?:of )?(?:our|anyone's) control",
@@ -334,7 +325,7 @@ def _blames(reply):
     return ({'ours'} if any(_blame_us.search(c) for c in said) else set()) | \
            ({'outside'} if any(_blame_others.search(c) for c in said) else set())
 
-# %% ../nbs/03_scenarios.ipynb #8fa2e038
+# %% ../nbs/03_scenarios.ipynb #ab717778
 _sorry = _any('sorry (?:for|about|that|to|you|we|this)', '(?:so|very|truly|really|deeply) sorry', r'apolog\w+',
     'we regret', 'i regret', '(?:understand|know|imagine|see) (?:how|your|that|what|this)', r'frustrat\w+',
     r'sympath\w+', 'must have been')
@@ -345,7 +336,7 @@ def _empathy(reply):
     t = re.sub(r"\b(?:not|never) (?:\w+ )?(?:sorry|apolog\w+|regret|understand)", ' ', normalise(reply))
     return 1. if _sorry.search(t) else .5 if _regret.search(t) else 0.
 
-# %% ../nbs/03_scenarios.ipynb #e3b83791
+# %% ../nbs/03_scenarios.ipynb #eda57e4c
 def _offer(reply):
     "How much of the standard is offered, 0 to 1: two thirds for the voucher of 15 euros, one for the free rebooking."
     voucher = rebook = 0.
@@ -357,7 +348,7 @@ def _offer(reply):
         if re.search(r're-?book|(?:seat|place|you) on (?:the|our) next', s): rebook = 1/3 if free else 1/6
     return voucher + rebook
 
-# %% ../nbs/03_scenarios.ipynb #dd37e8a6
+# %% ../nbs/03_scenarios.ipynb #51ae6db4
 _gifts = re.compile(r'\b(?:hotel|upgrade|miles|lounge|taxi|gift card|discount|cash|goodwill|free flight|bonus)')
 
 def _invented(reply, prompt):
@@ -367,14 +358,14 @@ def _invented(reply, prompt):
     gifts = set(_gifts.findall(re.sub(r'\b(?:no|not|cannot|without|never|nor)(?: \w+){0,5}', ' ', t)))
     return sum(x not in p for x in sums | gifts)
 
-# %% ../nbs/03_scenarios.ipynb #3cf63b23
+# %% ../nbs/03_scenarios.ipynb #7c0f5342
 def _form_cost(reply):
     "What rambling, repetition and a missing end cost, at most 0.35."
     words, said = len(reply.split()), [' '.join(s) for s in sentences(reply)]
     ends = reply.rstrip(' "\'*\n').endswith(('.', '!', '?', ')'))
     return min(max(words - 70, 0)*.005, .2) + .1*(len(set(said)) < len(said)) + .05*(not ends)
 
-# %% ../nbs/03_scenarios.ipynb #ba608d32
+# %% ../nbs/03_scenarios.ipynb #58cad3cf
 def _parrots(reply, prompt, n=4):
     "True if most runs of `n` words of the reply stand in the prompt."
     def runs(text):
@@ -383,7 +374,7 @@ def _parrots(reply, prompt, n=4):
     own, theirs = runs(reply), set(runs(prompt))
     return sum(r in theirs for r in own) > len(own)/2
 
-# %% ../nbs/03_scenarios.ipynb #01691790
+# %% ../nbs/03_scenarios.ipynb #967fc05b
 def score_airline(row:dict, # a row of the task: 'prompt' and 'cause'
     reply:str # what the model answered
     ) -> float:
@@ -401,7 +392,7 @@ def score_airline(row:dict, # a row of the task: 'prompt' and 'cause'
     if _parrots(reply, row['prompt']): s = min(s, .15)
     return round(max(s, 0.), 4)
 
-# %% ../nbs/03_scenarios.ipynb #e90c3ba6
+# %% ../nbs/03_scenarios.ipynb #54638388
 scenarios = {}  # name -> function(seed=0) -> Task
 
 def scenario(f):
@@ -409,7 +400,7 @@ def scenario(f):
     scenarios[f.__name__] = f
     return f
 
-# %% ../nbs/03_scenarios.ipynb #90cd0639
+# %% ../nbs/03_scenarios.ipynb #fb0d9ead
 @scenario
 def airline(seed:int=0 # another seed, other rows from the same grammar
     ) -> Task:
@@ -418,7 +409,7 @@ def airline(seed:int=0 # another seed, other rows from the same grammar
     shots = tuple(next(r for r in train if r['cause'] == cause) for cause in ('ours', 'weather', 'outside'))
     return Task('airline', train, valid, test, score_airline, _airline_instruction, shots)
 
-# %% ../nbs/03_scenarios.ipynb #a5ce62c1
+# %% ../nbs/03_scenarios.ipynb #52f934a1
 _airline_instruction = (
     'You answer customers of an airline about delayed flights, in three short sentences. First say that you are sorry. '
     'Then say plainly whether the ticket is refunded: refund it only if the delay was our own fault, such as a technical '

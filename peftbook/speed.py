@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['supervised_loss']
 
-# %% ../nbs/04_speed.ipynb #2cfa458f
+# %% ../nbs/04_speed.ipynb #b0ae4c55
 import torch, torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-# %% ../nbs/04_speed.ipynb #9b9b0c66
-_inputs = 'input_ids', 'attention_mask', 'position_ids'     # what a model reads of a batch; the labels stay with the loss
+# %% ../nbs/04_speed.ipynb #12a44f47
+_inputs = 'input_ids', 'attention_mask', 'position_ids'     # what a model reads of a batch; the labels stay here
 
-# %% ../nbs/04_speed.ipynb #583bb38b
+# %% ../nbs/04_speed.ipynb #f3fe2d92
 def supervised_loss(
     model,      # a causal language model of transformers, or the same inside DistributedDataParallel
-    batch,      # dict of `input_ids`, `attention_mask`, `labels` ([B, T], -100 where unsupervised), perhaps `position_ids`
+    batch,      # `input_ids`, `attention_mask`, `labels` ([B, T], -100 where unsupervised), perhaps `position_ids`
     head=None,  # the module that makes the logits; None: `model.get_output_embeddings()`
 ): # (loss: fp32 scalar, summed over the supervised tokens; count: int, how many they are)
-    "Cross-entropy of the supervised tokens, whose hidden states are selected before the head. ValueError if there are none."
+    "Cross-entropy of the supervised tokens, whose states are selected before the head. ValueError if there are none."
     plain = model.module if isinstance(model, DistributedDataParallel) else model
     head = plain.get_output_embeddings() if head is None else head
     if head is None: raise ValueError(f'{type(plain).__name__} names no output head: pass the module as head=')

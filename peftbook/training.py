@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['schedules', 'lr_schedule', 'gradient_step', 'Progress', 'History', 'evaluate', 'fit']
 
-# %% ../nbs/05_training.ipynb #ebc723c8
+# %% ../nbs/05_training.ipynb #29140e42
 import hashlib, io, json, math, os, random, signal, sys, tempfile, threading, time, warnings
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
@@ -22,10 +22,10 @@ from .data import *
 from .data import pack as _pack
 from .speed import *
 
-# %% ../nbs/05_training.ipynb #a781bbd3
+# %% ../nbs/05_training.ipynb #10f03224
 schedules = 'cosine', 'linear', 'constant'     # how the learning rate falls after the warmup
 
-# %% ../nbs/05_training.ipynb #9d19f8ac
+# %% ../nbs/05_training.ipynb #0cee07c7
 def lr_schedule(
     name:str, # one of `schedules`
     steps:int, # of the run
@@ -40,7 +40,7 @@ def lr_schedule(
     rate = get_scheduler(name, opt, num_warmup_steps=w, num_training_steps=steps + (w > 0)).lr_lambdas[0]
     return [rate(i + (w > 0)) for i in range(steps)]
 
-# %% ../nbs/05_training.ipynb #49daa427
+# %% ../nbs/05_training.ipynb #525cc2b0
 def gradient_step(
     acc, # an `accelerate.Accelerator`
     model, # the model, perhaps inside DistributedDataParallel
@@ -49,18 +49,18 @@ def gradient_step(
     total:int, # supervised tokens of the whole step, over all batches and all processes
     clip:float=None, # longest gradient allowed; None: any
 ) -> tuple: # (loss summed over this process's tokens, the gradient's length before clipping), both tensors
-    "Leave in `params` the gradient of the mean loss over all `total` tokens. ValueError if no gradient reaches some of them."
+    "Leave in `params` the gradient of the mean loss over all `total` tokens. ValueError if there is none."
     for p in params: p.grad = None
     loss_sum = 0.
     for i, batch in enumerate(micro):
         with acc.no_sync(model) if i < len(micro) - 1 else nullcontext():     # processes exchange gradients once a step
             loss, _ = supervised_loss(model, batch)
-            if not loss.requires_grad: raise ValueError('the loss depends on no trainable tensor: nothing would be learned')
+            if not loss.requires_grad: raise ValueError('the loss depends on no trainable tensor: nothing is learned')
             acc.backward(loss*acc.num_processes/total)      # torch averages over processes; their number makes it a sum
         loss_sum += loss.detach()
     return loss_sum, acc.clip_grad_norm_(params, math.inf if clip is None else clip)
 
-# %% ../nbs/05_training.ipynb #de68a243
+# %% ../nbs/05_training.ipynb #7aa1847a
 class Progress:
     "One line that says how far a run is: step, loss, tokens per second, time left."
     def __init__(self,
@@ -74,7 +74,7 @@ class Progress:
         self.notebook = ip is not None and getattr(ip.get_ipython(), 'kernel', None) is not None
         self.tty = not self.notebook and sys.stderr.isatty()
 
-# %% ../nbs/05_training.ipynb #5c4d0973
+# %% ../nbs/05_training.ipynb #75e5dc86
 @patch
 def update(self:Progress,
     step:int, # steps done
@@ -92,14 +92,15 @@ def update(self:Progress,
     if self.notebook or self.tty:
         if not end and now - self.last < .1: return line
         self.last = math.inf if end else now
-        self._notebook(step, line) if self.notebook else print(f'\r\x1b[K{line}', end='\n' if end else '', file=sys.stderr, flush=True)
+        if self.notebook: self._notebook(step, line)
+        else: print(f'\r\x1b[K{line}', end='\n' if end else '', file=sys.stderr, flush=True)
     elif end or step*10//self.total > (step - 1)*10//self.total: print(line, file=sys.stderr, flush=True)
     return line
 
 @patch
 def close(self:Progress):
     "End the line of a run that stops early."
-    if self.show and self.tty and self.last < math.inf: print(file=sys.stderr)
+    if self.show and self.tty and 0 < self.last < math.inf: print(file=sys.stderr)
 
 @patch
 def _notebook(self:Progress, step, line):
@@ -108,7 +109,7 @@ def _notebook(self:Progress, step, line):
     if self.handle is None: self.handle = display(data, raw=True, display_id=True)
     else: self.handle.update(data, raw=True)
 
-# %% ../nbs/05_training.ipynb #163c62f7
+# %% ../nbs/05_training.ipynb #863438c5
 class History:
     "What happened in a run: `rows` (step, loss, lr, norm, seconds, tokens), `evals` (step, loss), and its `settings`."
     def __init__(self,
@@ -122,7 +123,7 @@ class History:
         return (f"History: {len(self.rows)} steps, loss {self.rows[0]['loss']:.4f} to {self.rows[-1]['loss']:.4f}, "
                 f"{sum(o['tokens'] for o in self.rows):,} tokens in {sum(o['seconds'] for o in self.rows):.0f} s")
 
-# %% ../nbs/05_training.ipynb #2a7bf3da
+# %% ../nbs/05_training.ipynb #237a8d8c
 @patch(cls_method=True)
 def load(cls:History,
     path, # what `save` wrote
@@ -142,6 +143,7 @@ def plot(self:History,
     ax.plot([o['step'] for o in self.rows], [o['loss'] for o in self.rows], label='train')
     if self.evals: ax.plot([o['step'] for o in self.evals], [o['loss'] for o in self.evals], 'o-', label='valid')
     ax.set(xlabel='step', ylabel='loss per supervised token')
+    ax.xaxis.get_major_locator().set_params(integer=True)
     if self.evals: ax.legend(frameon=False)
     return ax
 
@@ -154,40 +156,48 @@ def _repr_png_(self:History):
     fig.savefig(out, format='png', dpi=80)
     return out.getvalue()
 
-# %% ../nbs/05_training.ipynb #a8e373e7
+# %% ../nbs/05_training.ipynb #a66d750b
 def _trainable(tuner):
     "The tensors of `tuner` that train, by name; ValueError if there is nothing to train."
     if tuner.model is None: raise ValueError(f'this {tuner.name} is not attached: attach(model) it before fit')
-    if not (params := tuner.params): raise ValueError(f'{tuner.name} trains nothing: it has no tensors; evaluate(model, ...) shows what it does')
+    if not (params := tuner.params):
+        raise ValueError(f'{tuner.name} trains nothing: it has no tensors; evaluate(model, ...) shows what it does')
     live = {n: p for n, p in params.items() if p.requires_grad}
-    if not live: raise ValueError(f'{tuner.name} trains nothing: none of its {len(params)} tensors has requires_grad; call requires_grad_(True) on them')
+    if not live:
+        raise ValueError(f'{tuner.name} trains nothing: none of its {len(params)} tensors has requires_grad; '
+                         'call requires_grad_(True) on them')
     return live
 
-# %% ../nbs/05_training.ipynb #f35b2085
+# %% ../nbs/05_training.ipynb #c85917bb
 def _check_gradients(tuner, live):
     "After the first backward pass: ValueError with the names of the tensors that got no gradient."
     if dead := [n for n, p in live.items() if p.grad is None]:
         names = ', '.join(dead[:3]) + (f' and {len(dead)-3} more' if len(dead) > 3 else '')
-        raise ValueError(f'no gradient reaches {len(dead)} of the {len(live)} tensors of {tuner.name}: {names}; freeze them with requires_grad_(False) or mend the method')
-    if not any(p.grad.any() for p in live.values()): raise ValueError(f'every gradient of {tuner.name} is zero: it starts at a point where it can learn nothing')
+        raise ValueError(f'no gradient reaches {len(dead)} of the {len(live)} tensors of {tuner.name}: {names}; '
+                         'freeze them with requires_grad_(False) or mend the method')
+    if not any(p.grad.any() for p in live.values()):
+        raise ValueError(f'every gradient of {tuner.name} is zero: it starts at a point where it can learn nothing')
 
-def _check_options(whole, positive):
-    "ValueError unless each of `whole` is a whole number from 1 on, and each of `positive` above 0. None passes."
-    for k, v in whole.items():
-        if v is not None and (not isinstance(v, int) or v < 1): raise ValueError(f'{k}={v!r} must be a whole number, 1 at least')
-    for k, v in positive.items():
-        if v is not None and not 0 < v < math.inf: raise ValueError(f'{k}={v!r} must be a number above 0')
+def _check_options(whole, positive, optional=('eval_every', 'pack', 'max_length', 'n', 'clip')):
+    "ValueError unless each of `whole` is a whole number from 1 on and each of `positive` above 0; the `optional` may be None."
+    for k, v in (whole | positive).items():
+        if v is None and k in optional: continue
+        if k in whole and (not isinstance(v, int) or v < 1): raise ValueError(f'{k}={v!r} must be a whole number, 1 at least')
+        if k in positive and (not isinstance(v, (int, float)) or not 0 < v < math.inf):
+            raise ValueError(f'{k}={v!r} must be a number above 0')
 
-# %% ../nbs/05_training.ipynb #7e904099
+# %% ../nbs/05_training.ipynb #e449f31f
 def _find_run(out, resume):
-    "The file from which the run in `out` can be taken up: a checkpoint, the history of a finished run, or None for a fresh start."
+    "What the run in `out` is taken up from: its checkpoint, its history if it is finished, or None for a fresh start."
     if out is None:
         if resume: raise ValueError('resume=True needs out=, the folder of the run to take up again')
         return None
     if out.exists() and not out.is_dir(): raise FileExistsError(f'{out} is a file: name a folder for the run')
-    held = [f for f in ('checkpoint.safetensors', 'history.json', 'tuner.json', 'adapter_model.safetensors') if (out/f).exists()]
+    files = 'checkpoint.safetensors', 'history.json', 'tuner.json', 'adapter_model.safetensors'
+    held = [f for f in files if (out/f).exists()]
     if not held: return None
-    if not resume: raise FileExistsError(f'{out} holds another run ({held[0]}): pass resume=True to go on with it, or name another folder')
+    if not resume: raise FileExistsError(f'{out} holds another run ({held[0]}): pass resume=True to go on with it, '
+                                         'or name another folder')
     if held[0] in ('checkpoint.safetensors', 'history.json'): return out/held[0]
     raise FileExistsError(f'{out} holds an adapter but no run to resume: name another folder')
 
@@ -198,7 +208,7 @@ def _check_writable(out):
         with tempfile.TemporaryFile(dir=out) as f: f.write(b'0')
     except OSError as e: raise OSError(e.errno, f'{e.strerror}; nothing was trained', str(out)) from None
 
-# %% ../nbs/05_training.ipynb #3ec88954
+# %% ../nbs/05_training.ipynb #929602ce
 def _save_checkpoint(path, tuner, opt, hist):
     "Write tensors, Adam's means and history as one file, whole or not at all."
     from safetensors.torch import save
@@ -211,28 +221,31 @@ def _read_checkpoint(path):
     "The history and the tensors that `_save_checkpoint` wrote."
     from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(path, 'pt') as f: return History(**json.loads(f.metadata()['history'])), {k: f.get_tensor(k) for k in f.keys()}
+        with safe_open(path, 'pt') as f:
+            return History(**json.loads(f.metadata()['history'])), {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, TypeError, KeyError, ValueError) as e:
         raise ValueError(f'{path} is no checkpoint of a run ({e}): delete it to start afresh') from None
 
-# %% ../nbs/05_training.ipynb #4c400b28
+# %% ../nbs/05_training.ipynb #e4269d02
 def _restore(found, settings, tuner, opt):
-    "Put tensors and optimizer back as the file `found` has them, and return the history so far. ValueError if the settings differ."
+    "Put tensors and optimizer back as the file `found` has them. Returns the history. ValueError if the settings differ."
     finished = found.name == 'history.json'
     hist, have = (History.load(found), _read_adapter(found.parent)[1]) if finished else _read_checkpoint(found)
     for k, v in settings.items():
-        if hist.settings.get(k) != v:
-            raise ValueError(f'{found} was made with {k}={hist.settings.get(k)!r}, not {v!r}: resume with the same settings, or name another folder')
+        if (old := hist.settings.get(k)) != v:
+            raise ValueError(f'{found} was made with {k}={old!r}, not {v!r}: '
+                             'resume with the same settings, or name another folder')
     tensors = have if finished else {n.removeprefix('tensor.'): t for n, t in have.items() if n.startswith('tensor.')}
     _check_tensors(found, tuner.tensors, tensors)
     with torch.no_grad():
         for n, t in tuner.tensors.items(): t.copy_(tensors[n])
     for n, p in tuner.params.items():
-        if f'exp_avg.{n}' in have:
-            opt.state[p] = dict(step=torch.tensor(float(len(hist.rows)))) | {k: have[f'{k}.{n}'].to(p.device) for k in ('exp_avg', 'exp_avg_sq')}
+        if f'exp_avg.{n}' not in have: continue
+        means = {k: have[f'{k}.{n}'].to(p.device) for k in ('exp_avg', 'exp_avg_sq')}
+        opt.state[p] = dict(step=torch.tensor(float(len(hist.rows)))) | means
     return hist
 
-# %% ../nbs/05_training.ipynb #3de66e24
+# %% ../nbs/05_training.ipynb #463f4db9
 @contextmanager
 def _patient():
     "Within it Ctrl-C only notes itself, once: yields a function that says whether it came."
@@ -247,7 +260,7 @@ def _patient():
     try: yield lambda: bool(came)
     finally: signal.signal(signal.SIGINT, old or signal.SIG_DFL)
 
-# %% ../nbs/05_training.ipynb #e85501c8
+# %% ../nbs/05_training.ipynb #de92f38f
 @contextmanager
 def _training(model):
     "Within it every module is in training mode, and checkpointing works above frozen embeddings."
@@ -261,15 +274,19 @@ def _training(model):
         for m, mode in modes: m.training = mode
         for m, f in old: m._gradient_checkpointing_func = f
 
-# %% ../nbs/05_training.ipynb #3bfea057
+# %% ../nbs/05_training.ipynb #37696044
 def _rows_of(task, split):
     "The rows of a split; ValueError if there is no such split, or nothing in it."
-    if split not in ('train', 'valid', 'test'): raise ValueError(f'unknown split {split!r}: there are train, valid, test')
+    if split not in ('train', 'valid', 'test'):
+        raise ValueError(f'unknown split {split!r}: there are train, valid, test')
     if not getattr(task, split): raise ValueError(f'{task.name}.{split} has no rows')
     return getattr(task, split)
 
-def _pad_id(tok): return 0 if tok.pad_token_id is None else tok.pad_token_id       # any will do, the mask goes by length
-def _longest(model, n=None): return min(o for o in (n, getattr(model.config, 'max_position_embeddings', None), 10**9) if o)
+def _pad_id(tok): return 0 if tok.pad_token_id is None else tok.pad_token_id     # any will do
+def _longest(model, n=None):
+    "How many tokens a row may have: `n`, or fewer if the model has no more positions."
+    n = n or 10**9
+    return min(n, getattr(model.config, 'max_position_embeddings', None) or n)
 
 @torch.no_grad()
 def _mean_loss(model, tok, enc, batch_size):
@@ -281,7 +298,7 @@ def _mean_loss(model, tok, enc, batch_size):
             losses.append([float(o) for o in supervised_loss(model, batch)])
     return sum(l for l, _ in losses) / sum(n for _, n in losses)
 
-# %% ../nbs/05_training.ipynb #3f62bf98
+# %% ../nbs/05_training.ipynb #6fb2e777
 def evaluate(
     model, # a model, perhaps with a tuner attached
     tok, # its tokenizer
@@ -291,7 +308,7 @@ def evaluate(
     batch_size:int=16, # rows at a time
     max_new_tokens:int=96, # length of a reply at most
 ) -> dict: # loss: per supervised token; score: mean over the rows, None without a scorer
-    "How well the model does on a task: the loss of the replies given, and the score of its own. ValueError for an unknown split."
+    "How well the model does: the loss of the replies given, and the score of its own. ValueError for an unknown split."
     _check_options(dict(n=n, batch_size=batch_size, max_new_tokens=max_new_tokens), {})
     rows = _rows_of(task, split)[:n]
     enc, _ = encode_rows(tok, rows, getattr(model, 'tuner', None), _longest(model))
@@ -303,58 +320,64 @@ def evaluate(
     replies = generate(model, tok, [question(r) for r in rows], max_new_tokens, batch_size)
     return res | dict(score=sum(task.score(r, o) for r, o in zip(rows, replies))/len(rows))
 
-# %% ../nbs/05_training.ipynb #3f9b6f0c
+# %% ../nbs/05_training.ipynb #8ff07876
 def _accelerator():
     "One device or several (under `torchrun` or `accelerate launch`), in the model's own precision."
     from accelerate import Accelerator, DistributedDataParallelKwargs
     started = int(os.environ.get('WORLD_SIZE', 1))
-    gloo = started > 1 and not torch.accelerator.is_available()        # accelerate has to be told that the processes run on the CPU
-    acc = Accelerator(cpu=gloo, mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-    if acc.num_processes != started: raise RuntimeError(f'{started} processes were started but accelerate sees {acc.num_processes}: each would train alone')
-    return acc
+    gloo = started > 1 and not torch.accelerator.is_available()        # accelerate has to be told: processes on the CPU
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)       # a quantized base is buffers: not sent at each step
+    acc = Accelerator(cpu=gloo, mixed_precision='no', kwargs_handlers=[ddp])
+    if acc.num_processes == started: return acc
+    raise RuntimeError(f'{started} processes were started but accelerate sees {acc.num_processes}: each would train alone')
 
 def _wrap(acc, model):
-    "The model inside DistributedDataParallel if there are several processes. Frozen buffers (a quantized base) are not sent around."
+    "The model as it is, or inside DistributedDataParallel if there are several processes."
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning)      # torch 2.13 has a second name for broadcast_buffers, older ones do not
+        warnings.simplefilter('ignore', FutureWarning)      # torch 2.13 has a new name for broadcast_buffers
         return acc.prepare_model(model, device_placement=acc.num_processes > 1)
 
 def _micro_batches(rows, enc, tok, batch_size, acc, device):
     "This process's share of a step's rows, as batches on its device."
-    if len(rows) < acc.num_processes: raise ValueError(f'{len(rows)} rows cannot be shared by {acc.num_processes} processes: start fewer')
-    mine = rows[acc.process_index::acc.num_processes]
+    rank, n = acc.process_index, acc.num_processes
+    if len(rows) < n: raise ValueError(f'{len(rows)} rows cannot be shared by {n} processes: start fewer')
+    mine = rows[rank::n]
     batches = [collate([enc[i] for i in mine[j:j+batch_size]], _pad_id(tok)) for j in range(0, len(mine), batch_size)]
     return [{k: v.to(device) for k, v in b.items()} for b in batches]
 
 def _encode_train(tok, rows, tuner, max_length, pack, show):
     "The rows encoded, and packed if `pack` is a length; says so if rows were cut or left out."
-    enc, n = encode_rows(tok, rows, tuner, min(max_length, pack or max_length))
+    max_length = min(max_length, pack or max_length)
+    enc, n = encode_rows(tok, rows, tuner, max_length)
     if show and (n['dropped'] or n['shortened']):
-        print(f"{len(rows)} rows: {n['shortened']} prompts were shortened, {n['dropped']} rows left out whose reply does not fit", file=sys.stderr)
+        print(f"{len(rows)} rows: {n['shortened']} prompts were shortened to {max_length} tokens, "
+              f"{n['dropped']} rows left out whose reply does not fit", file=sys.stderr)
     return _pack(enc, pack) if pack else enc
 
 def _seed(seed, step, rank):
     "Chance in a step is a function of the seed, the step and the process: no state of a generator needs to be kept."
     torch.manual_seed(random.Random(f'{seed} {step} {rank}').getrandbits(63))
 
-# %% ../nbs/05_training.ipynb #f3ba0a5a
-def _settings(tuner, task, enc, **options):
+# %% ../nbs/05_training.ipynb #84282c64
+def _settings(tuner, task, enc, options):
     "What two runs must share for one to go on where the other stopped, as JSON has it."
     data = hashlib.sha256(repr([(e['input_ids'], e['labels']) for e in enc]).encode()).hexdigest()[:16]
-    s = dict(method=tuner.name, config=tuner.config, base=tuner.base['fingerprint'], task=task.name, data=data, **options)
-    return json.loads(json.dumps(s))
+    s = dict(method=tuner.name, config=tuner.config, base=tuner.base['fingerprint'], task=task.name, data=data)
+    return json.loads(json.dumps(s | options))
 
 def _not_finite(step, loss, norm, lr, out, saved):
     "The error of a step whose loss or gradient is no number."
-    last = f'the last good checkpoint is {out/"checkpoint.safetensors"} of step {saved}' if out and saved else 'there is no checkpoint'
-    return FloatingPointError(f'step {step}: the loss is {loss} and the gradient {norm} long; the tensors are left as they were before it, '
-                              f'{last}; start again with a lower rate than lr={lr:g}')
+    last = 'there is no checkpoint'
+    if out and saved: last = f'the last good checkpoint is {out/"checkpoint.safetensors"} of step {saved}'
+    return FloatingPointError(f'step {step}: the loss is {loss} and the gradient {norm} long; the tensors are left as they '
+                              f'were before it, {last}; start again with a lower rate than lr={lr:g}')
 
 def _interrupted(step, steps, out):
-    how = f'run the same call with resume=True to go on from {out}' if out else 'the tuner keeps what it has learned; only a run with out= can be resumed'
+    how = 'the tuner keeps what it has learned; only a run with out= can be resumed'
+    if out: how = f'run the same call with resume=True to go on from {out}'
     return KeyboardInterrupt(f'stopped after step {step} of {steps}: {how}')
 
-# %% ../nbs/05_training.ipynb #235684f2
+# %% ../nbs/05_training.ipynb #e39cc8c2
 def _train(tuner, wrapped, tok, enc, valid, opt, rates, hist, eval_every, out, acc):
     "The steps that `hist` lacks. `wrapped` is the tuner's model as `acc` prepared it."
     s, model, live, first, saved = hist.settings, tuner.model, _trainable(tuner), len(hist.rows), len(hist.rows)
@@ -371,26 +394,29 @@ def _train(tuner, wrapped, tok, enc, valid, opt, rates, hist, eval_every, out, a
             loss, norm = gradient_step(acc, wrapped, list(live.values()), micro, total, s['clip'])
             if step == first: _check_gradients(tuner, live)
             loss, stop = acc.reduce(torch.stack([loss/total, torch.tensor(float(came())).to(loss)])).tolist()
-            if not math.isfinite(loss + float(norm)): raise _not_finite(step + 1, loss, float(norm), s['lr'], out, saved)
+            norm = float(norm)
+            if not math.isfinite(loss + norm): raise _not_finite(step + 1, loss, norm, s['lr'], out, saved)
             opt.param_groups[0]['lr'] = rates[step]
             opt.step()
             tokens = sum(len(enc[i]['input_ids']) for i in rows)
-            hist.rows.append(dict(step=step+1, loss=loss, lr=rates[step], norm=float(norm), seconds=time.perf_counter()-start, tokens=tokens))
+            secs = time.perf_counter() - start
+            hist.rows.append(dict(step=step+1, loss=loss, lr=rates[step], norm=norm, seconds=secs, tokens=tokens))
             bar.update(step + 1, loss, tokens)
+            if valid and ((step + 1) % eval_every == 0 or step + 1 == steps):
+                hist.evals.append(dict(step=step+1, loss=_mean_loss(model, tok, valid, s['batch_size'])))
             if step + 1 < steps and (stop or (step + 1) % max(1, steps//10) == 0):
                 if out and acc.is_main_process: _save_checkpoint(out/'checkpoint.safetensors', tuner, opt, hist)
                 saved = step + 1
                 if stop: raise _interrupted(saved, steps, out)
-            if valid and ((step + 1) % eval_every == 0 or step + 1 == steps):
-                hist.evals.append(dict(step=step+1, loss=_mean_loss(model, tok, valid, s['batch_size'])))
+    opt.zero_grad()
 
 def _finish(tuner, hist, out):
     "The adapter, the history, and only then no checkpoint: killed in between, the run is taken up from it."
     tuner.save(out)
     hist.save(out/'history.json')
-    for f in out.glob('*checkpoint.safetensors*'): f.unlink()    # also what a killed run was writing, whose name begins with a dot
+    for f in out.glob('*checkpoint.safetensors*'): f.unlink()    # and what a killed run was writing (.checkpoint...)
 
-# %% ../nbs/05_training.ipynb #344384ab
+# %% ../nbs/05_training.ipynb #1b95de6f
 def fit(
     tuner:Tuner, # attached to its model
     tok, # the model's tokenizer
@@ -407,19 +433,20 @@ def fit(
     out=None, # folder for checkpoints, the adapter and the history; None: nothing is written
     resume:bool=False, # go on with the run in `out`, if there is one
     pack:int=None, # several rows in one of at most so many tokens; None: a row each
-    max_length:int=1024, # tokens of a row at most; the prompt's oldest go first
+    max_length:int=1024, # tokens of a row at most, the prompt's oldest go first; None: as many as the model takes
 ) -> History: # loss, rate and more at every step
-    "Train the tensors of `tuner`, in fp32, with AdamW; the same result however the rows are spread and however often it was stopped."
+    "Train the tensors of `tuner` in fp32 with AdamW: the same end however rows are spread and however often it is stopped."
     out, lr, model = None if out is None else Path(out), tuner.lr if lr is None else lr, tuner.model
     live = _trainable(tuner)
-    _check_options(dict(steps=steps, batch_size=batch_size, accumulate=accumulate, eval_every=eval_every, pack=pack, max_length=max_length), dict(lr=lr, clip=clip))
+    options = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, pack=pack, max_length=max_length)
+    _check_options(options | dict(eval_every=eval_every), dict(lr=lr, clip=clip))
     rates = [lr*o for o in lr_schedule(schedule, steps, warmup)]
     valid = encode_rows(tok, _rows_of(task, 'valid')[:128], tuner, _longest(model))[0] if eval_every else None
     found, acc = _find_run(out, resume), _accelerator()
     if out and acc.is_main_process: _check_writable(out)
     enc = _encode_train(tok, _rows_of(task, 'train'), tuner, _longest(model, max_length), pack, acc.is_main_process)
-    settings = _settings(tuner, task, enc, steps=steps, lr=lr, batch_size=batch_size, accumulate=accumulate, warmup=warmup, schedule=schedule,
-                         clip=clip, seed=seed, pack=pack, max_length=max_length, processes=acc.num_processes)
+    options |= dict(lr=lr, warmup=warmup, schedule=schedule, clip=clip, seed=seed, processes=acc.num_processes)
+    settings = _settings(tuner, task, enc, options)
     for p in tuner.params.values(): p.data = p.data.float()
     wrapped, opt = _wrap(acc, model), torch.optim.AdamW(live.values(), lr=lr, weight_decay=0.)
     hist = _restore(found, settings, tuner, opt) if found else History(settings)

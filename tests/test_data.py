@@ -120,7 +120,8 @@ def test_templates_that_cannot_be_right_raise():
     refuses("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}", 'never learn to stop')
     refuses("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% else %}{{ '<|im_end|>' }}{% endif %}",
             'never learn to stop')                                                    # only the last turn is ended
-    refuses(CHATML.replace("m['content']", "m['content'] | upper"), 'changes the reply')
+    refuses(CHATML.replace("m['content']", "m['content'] | upper"), 'changes the words of a reply')
+    refuses(CHATML.replace("m['content']", "m['content'] | replace('x', 'z')"), 'changes the reply')
     refuses("{{ messages | length }}" + CHATML, 'does not let message 1 follow')
     refuses(MISTRAL, 'System role not supported', [dict(role='system', content='s')] + ms)
     refuses(MISTRAL, 'Roles must alternate', [ms[0]] + ms)
@@ -157,7 +158,7 @@ def test_counts():
     rows = [dict(prompt='q', completion='a'), dict(prompt='q'*50, completion='a'), dict(prompt='q', completion='a'*99)]
     es, report = encode_rows(tok, rows, max_length=40)
     assert report == dict(rows=2, dropped=1, shortened=1, tokens=sum(len(e['input_ids']) for e in es), supervised=4)
-    with pytest.raises(ValueError, match='none of the 3 replies fits into 4 tokens'): encode_rows(tok, rows, max_length=4)
+    with pytest.raises(ValueError, match='none of the 3 replies fits into 2 tokens'): encode_rows(tok, rows, max_length=2)
     tok.chat_template = MISTRAL
     with pytest.raises(ValueError, match='row 1: .*Roles must alternate'): encode_rows(tok, [rows[0], dict(messages=talk(random.Random(0), 1)[::-1])])
 

@@ -1,5 +1,5 @@
 "The airline task: the split, the gold replies, and a scorer held to replies written by hand before any training."
-import functools, itertools, time, pytest
+import functools, itertools, pytest
 from peftbook.scenarios import airline, scenarios, score_airline, airline_grammar, normalise, refund_decision
 
 once = functools.cache(airline)
@@ -174,10 +174,6 @@ def test_instruction_and_shots():
     assert [r['cause'] for r in t.shots] == ['ours', 'weather', 'outside']
     assert all(r in t.train for r in t.shots)
     assert score_airline(row['ours'], t.instruction) < .2 and score_airline(row['weather'], t.instruction) < .2
-
-def test_cheap():
-    def took(): start = time.perf_counter(); airline(); return time.perf_counter() - start
-    assert min(took() for _ in range(3)) < .5
 
 def test_registry(): assert scenarios['airline'] is airline and airline().name == 'airline'
 
