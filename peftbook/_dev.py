@@ -8,12 +8,12 @@ __all__ = ['find_root', 'settings', 'source', 'directives', 'read_nb', 'nb_text'
            'fast', 'run_nb', 'run', 'relink', 'rename_pages', 'katex_dist', 'local_katex', 'offline_config', 'process',
            'finish', 'site', 'main']
 
-# %% ../nbs/99_dev.ipynb #0530da93
+# %% ../nbs/99_dev.ipynb #a88e01fd
 import argparse, difflib, json, os, re, shutil, subprocess, sys, tarfile, tempfile
 from configparser import ConfigParser
 from pathlib import Path
 
-# %% ../nbs/99_dev.ipynb #833b63b0
+# %% ../nbs/99_dev.ipynb #eecaf6a2
 def find_root(start='.' # a folder inside the repository
              ) -> Path: # the folder that holds `settings.ini`
     "The repository around `start`. Raises `FileNotFoundError` when no `settings.ini` lies at `start` or above it."
@@ -22,7 +22,7 @@ def find_root(start='.' # a folder inside the repository
         if (p/'settings.ini').is_file(): return p
     raise FileNotFoundError(f'no settings.ini in {start} or above it: run this inside a checkout of the book')
 
-# %% ../nbs/99_dev.ipynb #3577a8b9
+# %% ../nbs/99_dev.ipynb #5fdf7773
 def settings(root:Path # the folder of `settings.ini`
             ) -> dict: # its keys and values, with `%(user)s` and its like filled in
     "What `settings.ini` says."
@@ -30,45 +30,45 @@ def settings(root:Path # the folder of `settings.ini`
     cfg.read(Path(root)/'settings.ini', encoding='utf-8')
     return dict(cfg['DEFAULT'])
 
-# %% ../nbs/99_dev.ipynb #4c4de365
+# %% ../nbs/99_dev.ipynb #ba38a73e
 def source(cell:dict # a cell of a notebook
           ) -> str: # its text
     "A cell's text, which a notebook keeps as a list of lines or as one string."
     s = cell['source']
     return s if isinstance(s, str) else ''.join(s)
 
-# %% ../nbs/99_dev.ipynb #85e52594
+# %% ../nbs/99_dev.ipynb #a5f1e657
 def directives(cell:dict # a cell of a notebook
               ) -> dict: # name -> value: `#| eval: false` gives `{'eval': 'false'}`, `#| slow` gives `{'slow': ''}`
     "The `#|` lines of a code cell; a cell of another kind has none."
     if cell['cell_type'] != 'code': return {}
     return dict(re.findall(r'(?m)^#\|[ \t]*([\w-]+):?[ \t]*(.*?)[ \t]*$', source(cell)))
 
-# %% ../nbs/99_dev.ipynb #5252b515
+# %% ../nbs/99_dev.ipynb #b356bca8
 def read_nb(path:Path # an `.ipynb` file
            ) -> dict: # the notebook
     "Read a notebook."
     return json.loads(Path(path).read_text(encoding='utf-8'))
 
-# %% ../nbs/99_dev.ipynb #73f60196
+# %% ../nbs/99_dev.ipynb #6f8e3f0b
 def nb_text(nb:dict # a notebook
            ) -> str: # the text of its file, byte for byte as `nbdev_clean` writes it
     "A notebook as text."
     return json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + '\n'
 
-# %% ../nbs/99_dev.ipynb #1b44f2cf
+# %% ../nbs/99_dev.ipynb #75d60bd2
 def chapters(nbs:Path # the folder of the notebooks
             ) -> list[Path]: # the chapters in the order of the book
     "The chapters: the notebooks whose name begins with a number."
     return sorted(p for p in Path(nbs).glob('*.ipynb') if re.match(r'\d', p.name))
 
-# %% ../nbs/99_dev.ipynb #3da4e068
+# %% ../nbs/99_dev.ipynb #ea248b49
 def page_name(path:Path # a chapter
              ) -> str: # the name of its page and of its module: `21_lora.ipynb` gives `lora`
     "A chapter's name without its number, which is what nbdev calls its page."
     return re.sub(r'^\d+[a-zA-Z0-9]*_', '', Path(path).stem.lower())
 
-# %% ../nbs/99_dev.ipynb #ce2cb39f
+# %% ../nbs/99_dev.ipynb #89c9dce5
 def output_md(out:dict # an output of a code cell
              ) -> str: # the same as Markdown
     "One saved output as Markdown. Raises `ValueError` for a kind that a README can't hold, such as a picture."
@@ -79,7 +79,7 @@ def output_md(out:dict # an output of a code cell
     if set(data) == {'text/plain'}: return f"```text\n{text(data['text/plain']).rstrip()}\n```"
     raise ValueError(f"README holds text only, not {sorted(data) or out['output_type']}: save the picture in nbs/images and link it")
 
-# %% ../nbs/99_dev.ipynb #ca5a09c9
+# %% ../nbs/99_dev.ipynb #2f045a05
 def cell_md(cell:dict, # a cell of the front page
             nbs:str='nbs' # the folder that its relative links start from
            ) -> str: # the cell and its outputs as Markdown
@@ -94,7 +94,7 @@ def cell_md(cell:dict, # a cell of the front page
     outputs = [] if d.get('output') == 'false' else cell['outputs']
     return '\n\n'.join(filter(None, [f'```python\n{code}\n```' if code else '', *map(output_md, outputs)]))
 
-# %% ../nbs/99_dev.ipynb #68c566f7
+# %% ../nbs/99_dev.ipynb #7ab44a5f
 def readme_text(nb:dict, # the front page, `index.ipynb`
                 cfg:dict # what `settings.ini` says
                ) -> str: # the whole README
@@ -104,7 +104,7 @@ def readme_text(nb:dict, # the front page, `index.ipynb`
     site = f"Read it as a site: <{cfg['doc_host']}{cfg['doc_baseurl']}/>"
     return '\n\n'.join([note, title, site, *rest]) + '\n'
 
-# %% ../nbs/99_dev.ipynb #20278a1d
+# %% ../nbs/99_dev.ipynb #09ef87ac
 def settle(path:Path, # a file
            text:str, # what it should hold
            check:bool # only compare?
@@ -116,7 +116,7 @@ def settle(path:Path, # a file
     path.write_text(text, encoding='utf-8')
     return []
 
-# %% ../nbs/99_dev.ipynb #7d059034
+# %% ../nbs/99_dev.ipynb #853926ab
 def readme(root:Path, # the repository
            check:bool=False # only compare?
           ) -> list[str]: # problems
@@ -124,7 +124,7 @@ def readme(root:Path, # the repository
     cfg = settings(root)
     return settle(root/'README.md', readme_text(read_nb(root/cfg['nbs_path']/cfg['readme_nb']), cfg), check)
 
-# %% ../nbs/99_dev.ipynb #617f2f89
+# %% ../nbs/99_dev.ipynb #cb3b50a4
 def badge_cells(name:str, # the notebook's file name
                 cfg:dict # what `settings.ini` says
                ) -> list[dict]: # the badge and the install cell
@@ -137,7 +137,7 @@ def badge_cells(name:str, # the notebook's file name
     return [shared | dict(cell_type='markdown', id='colab-badge', source=[f'[![Open in Colab](images/colab.svg)]({url})']),
             shared | dict(cell_type='code', id='colab-install', source=install.splitlines(keepends=True), execution_count=None, outputs=[])]
 
-# %% ../nbs/99_dev.ipynb #03e61bb7
+# %% ../nbs/99_dev.ipynb #70b741d4
 def with_badge(nb:dict, # a chapter
                name:str, # its file name
                cfg:dict # what `settings.ini` says
@@ -148,7 +148,7 @@ def with_badge(nb:dict, # a chapter
     if not source(title).startswith('# '): raise ValueError(f'{name}: the first cell must be the title, not {source(title)[:40]!r}')
     return nb | dict(cells=[title, *badge_cells(name, cfg), *rest])
 
-# %% ../nbs/99_dev.ipynb #9f9f8e2b
+# %% ../nbs/99_dev.ipynb #5cc33e67
 def badges(root:Path, # the repository
            check:bool=False # only compare?
           ) -> list[str]: # problems
@@ -156,14 +156,14 @@ def badges(root:Path, # the repository
     cfg = settings(root)
     return [o for p in chapters(root/cfg['nbs_path']) for o in settle(p, nb_text(with_badge(read_nb(p), p.name, cfg)), check)]
 
-# %% ../nbs/99_dev.ipynb #0b747aee
+# %% ../nbs/99_dev.ipynb #3e371104
 def stamps(cell:dict # a code cell
           ) -> dict: # module -> hash, from the lines that `stamp` printed into the saved outputs
     "The stamps in a cell's saved outputs."
     texts = [t for o in cell['outputs'] for t in [o.get('text'), *o.get('data', {}).values()] if isinstance(t, (str, list))]
     return dict(re.findall(r'peftbook\.(\w+) ([0-9a-f]{12})\b', '\n'.join(t if isinstance(t, str) else ''.join(t) for t in texts)))
 
-# %% ../nbs/99_dev.ipynb #dc934c5b
+# %% ../nbs/99_dev.ipynb #b020e1f0
 def stale_cells(nb:dict, # a chapter
                 hash_of # a function: the name of a module -> the hash of its code now
                ) -> list[str]: # one line for each slow cell that must be run again
@@ -177,21 +177,21 @@ def stale_cells(nb:dict, # a chapter
         res += [f'cell {i}: {m} was {h} when it ran and is {hash_of(m)} now' for m, h in found.items() if h != hash_of(m)]
     return res
 
-# %% ../nbs/99_dev.ipynb #1e53edc4
+# %% ../nbs/99_dev.ipynb #740bbee4
 def stale(root:Path # the repository
          ) -> list[str]: # problems
     "Look for saved trainings that are older than the code they show."
     from peftbook.core import module_hash
     return [f'{p.name}, {o}; run it again' for p in chapters(root/settings(root)['nbs_path']) for o in stale_cells(read_nb(p), module_hash)]
 
-# %% ../nbs/99_dev.ipynb #126280c9
+# %% ../nbs/99_dev.ipynb #4ae6e155
 def fast(nb:dict # a notebook
         ) -> dict: # the same with its slow and never evaluated cells emptied
     "A notebook of which only the fast cells would run."
     skip = lambda c: 'slow' in directives(c) or directives(c).get('eval') == 'false'
     return nb | dict(cells=[c | dict(source='') if skip(c) else c for c in nb['cells']])
 
-# %% ../nbs/99_dev.ipynb #36116ff2
+# %% ../nbs/99_dev.ipynb #ceec4992
 def run_nb(path:Path, # a notebook
            timeout:int=600 # seconds that one cell may take
           ) -> list[str]: # the error and where it happened, else nothing
@@ -207,7 +207,7 @@ def run_nb(path:Path, # a notebook
             return [f'{path.name}, cell {done[-1] if done else 0}: {e}']
     return []
 
-# %% ../nbs/99_dev.ipynb #a8f472d6
+# %% ../nbs/99_dev.ipynb #82222cea
 def run(nbs:Path # the folder of the notebooks
        ) -> list[str]: # the first error, else nothing
     "Run the fast cells of every notebook in `nbs`, each in an empty folder, and stop at the first error."
@@ -220,14 +220,14 @@ def run(nbs:Path # the folder of the notebooks
         print(f'{p.name}: {time.perf_counter()-start:.1f} s', flush=True)
     return []
 
-# %% ../nbs/99_dev.ipynb #a51c3914
+# %% ../nbs/99_dev.ipynb #8373a844
 def relink(text:str, # Markdown, or the configuration
            names:dict # file name of a chapter -> its new one
           ) -> str: # the same with the links between chapters renamed
     "Rename the chapters in relative links and in the sidebar's lists, and leave full addresses alone."
     return re.sub(r'(\]\(|(?:^|\\n|\n)\s*-\s+|href:\s*)([\w-]+\.ipynb)', lambda m: m[1] + names.get(m[2], m[2]), text)
 
-# %% ../nbs/99_dev.ipynb #7c102daa
+# %% ../nbs/99_dev.ipynb #12647f31
 def rename_pages(proc:Path # the folder of the processed notebooks
                 ) -> dict: # old file name -> new
     "Name each processed notebook after its page, and let the links between them follow."
@@ -242,7 +242,7 @@ def rename_pages(proc:Path # the folder of the processed notebooks
         (proc/names.get(p.name, p.name)).write_text(nb_text(nb), encoding='utf-8')
     return names
 
-# %% ../nbs/99_dev.ipynb #8ff50f24
+# %% ../nbs/99_dev.ipynb #c96f184d
 def katex_dist(version:str # such as '0.16.11'
               ) -> Path: # the folder of that version's files
     "KaTeX from npm, kept in `~/.cache/peftbook`. Raises `OSError` when npm is missing or can't deliver."
@@ -259,7 +259,7 @@ def katex_dist(version:str # such as '0.16.11'
             if not dist.exists(): raise
     return dist
 
-# %% ../nbs/99_dev.ipynb #5b128e2c
+# %% ../nbs/99_dev.ipynb #a6176ebd
 def local_katex(docs:Path, # the folder of the site
                 dist=katex_dist # a function: version -> the folder of KaTeX's files
                ) -> str: # the version, or '' when no page has math
@@ -276,7 +276,7 @@ def local_katex(docs:Path, # the folder of the site
     for p, t in pages.items(): p.write_text(cdn.sub('../'*(len(p.relative_to(docs).parts)-1) + 'site_libs/katex', t), encoding='utf-8')
     return version
 
-# %% ../nbs/99_dev.ipynb #cd96c2f8
+# %% ../nbs/99_dev.ipynb #8fc2e99a
 def offline_config(text:str, # the text of `_quarto.yml`
                    names:dict # file name of a chapter -> that of its page
                   ) -> str: # the configuration for smalldocs
@@ -287,7 +287,7 @@ def offline_config(text:str, # the text of `_quarto.yml`
     cfg.get('execute', {}).pop('enabled', None)
     return yaml.safe_dump(cfg, sort_keys=False, allow_unicode=True)
 
-# %% ../nbs/99_dev.ipynb #2648a311
+# %% ../nbs/99_dev.ipynb #f6e96092
 def process(root:Path # the repository
            ) -> dict: # file name of a chapter -> the name that its page has
     "Let nbdev process the notebooks into `_proc`, named and configured for smalldocs. Raises `RuntimeError` when none came out."
@@ -300,7 +300,7 @@ def process(root:Path # the repository
     (root/'_proc'/'_quarto.yml').write_text(offline_config((root/'_quarto.yml').read_text(encoding='utf-8'), names), encoding='utf-8')
     return names
 
-# %% ../nbs/99_dev.ipynb #7a45975b
+# %% ../nbs/99_dev.ipynb #4b090b5e
 def finish(docs:Path, # the folder of the rendered site
            names:dict, # file name of a chapter -> the name that its page has
            cfg:dict # what `settings.ini` says
@@ -316,7 +316,7 @@ def finish(docs:Path, # the folder of the rendered site
     pages = {o: docs/Path(new).with_suffix('.html') for o, new in names.items()}
     return [f'{o} has no page {p.name}' for o, p in pages.items() if not p.exists()]
 
-# %% ../nbs/99_dev.ipynb #619e49c9
+# %% ../nbs/99_dev.ipynb #82d4c176
 def site(root:Path # the repository
         ) -> list[str]: # problems
     "Build the site into `_docs` with nbdev and smalldocs, without Quarto."
@@ -332,7 +332,7 @@ def site(root:Path # the repository
     print(f"{len(list(out.rglob('*.html')))} pages in {out}")
     return problems
 
-# %% ../nbs/99_dev.ipynb #7032caad
+# %% ../nbs/99_dev.ipynb #aa7dbe85
 def main(argv=None # the words of the command line; None takes the process's own
         ) -> int: # 0, or 1 when there are problems
     "`python -m peftbook._dev COMMAND`."
@@ -348,5 +348,5 @@ def main(argv=None # the words of the command line; None takes the process's own
     for o in problems: print(o, file=sys.stderr)
     return 1 if problems else 0
 
-# %% ../nbs/99_dev.ipynb #58d281e9
+# %% ../nbs/99_dev.ipynb #51fb6ef3
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # a notebook has no __file__

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/91_all.ipynb #2a7e9cc5
+# %% ../nbs/91_all.ipynb #f21b3e2e
 import sys
 
-# %% ../nbs/91_all.ipynb #174a0e17
+# %% ../nbs/91_all.ipynb #2c21be3e
 from .models import *
 from .core import *
 from .data import *
@@ -17,6 +17,6 @@ from .speed import *
 from .training import *
 from .lora import *
 
-# %% ../nbs/91_all.ipynb #31173ca9
+# %% ../nbs/91_all.ipynb #138c80b2
 _modules = 'models core data scenarios speed training lora'.split()
 __all__ = [name for m in _modules for name in sys.modules[f'peftbook.{m}'].__all__]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['messages_of', 'read_rows', 'Task', 'encode', 'encode_rows', 'Batches', 'collate', 'pack']
 
-# %% ../nbs/02_data.ipynb #93e36f6a
+# %% ../nbs/02_data.ipynb #c308fd1c
 import json, os, random, re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from .models import *
 
-# %% ../nbs/02_data.ipynb #255009a8
+# %% ../nbs/02_data.ipynb #0a6c9368
 def messages_of(
     row:dict, # with 'prompt' and 'completion', or with 'messages'
 ) -> list:
@@ -22,14 +22,14 @@ def messages_of(
     if row.get('messages') is not None: return [dict(role=m['role'], content=m['content']) for m in row['messages']]
     return [dict(role='user', content=row['prompt']), dict(role='assistant', content=row['completion'])]
 
-# %% ../nbs/02_data.ipynb #4bf8a099
+# %% ../nbs/02_data.ipynb #11e107e2
 def _check_row(row, where):
     "Raise ValueError, saying `where`, unless `row` is something to learn from."
     if not isinstance(row, Mapping): raise ValueError(f'{where}: a row must be an object, not {type(row).__name__}')
     if row.get('messages') is None:
         if missing := [k for k in ('prompt', 'completion') if row.get(k) is None]:
-            raise ValueError(f'{where}: no {" and no ".join(repr(o) for o in missing)}, the keys are {sorted(map(str, row))}; '
-                             "a row needs 'prompt' and 'completion', or 'messages'")
+            raise ValueError(f'{where}: no {" and no ".join(repr(o) for o in missing)}, '
+                             f"the keys are {sorted(map(str, row))}; it needs 'prompt' and 'completion', or 'messages'")
     elif not isinstance(row['messages'], (list, tuple)) or not row['messages']:
         raise ValueError(f"{where}: 'messages' must be a list of {{role, content}} with one at least")
     else:
@@ -44,9 +44,10 @@ def _check_row(row, where):
         if any('\ud800' <= c <= '\udfff' for c in m['content']):
             raise ValueError(f'{where}: the {what} holds half a character (a lone surrogate): fix its encoding')
         if m['role'] == 'assistant' and not m['content'].strip(): raise ValueError(f'{where}: empty {what}')
-    if not any(m['role'] == 'assistant' for m in msgs): raise ValueError(f"{where}: no message has the role 'assistant'")
+    if not any(m['role'] == 'assistant' for m in msgs):
+        raise ValueError(f"{where}: no message has the role 'assistant'")
 
-# %% ../nbs/02_data.ipynb #3925f35f
+# %% ../nbs/02_data.ipynb #6d3f94dc
 def _jsonl(path):
     "Each line's place and object; blank lines are skipped."
     path = Path(path).expanduser()
@@ -54,15 +55,18 @@ def _jsonl(path):
     for n, line in enumerate(path.read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n'), 1):
         if not line.strip(): continue
         try: yield f'{path}:{n}', json.loads(line.decode())
-        except UnicodeDecodeError as e: raise ValueError(f'{path}:{n}: not UTF-8 text (byte {e.start} of the line)') from e
-        except json.JSONDecodeError as e: raise ValueError(f'{path}:{n}: malformed JSON at column {e.colno}: {e.msg}') from e
+        except UnicodeDecodeError as e:
+            raise ValueError(f'{path}:{n}: not UTF-8 text (byte {e.start} of the line)') from e
+        except json.JSONDecodeError as e:
+            raise ValueError(f'{path}:{n}: malformed JSON at column {e.colno}: {e.msg}') from e
 
 def read_rows(
     src, # path of a JSONL file, list of dicts, or anything that yields mappings, such as a Hugging Face `Dataset`
     name:str='rows', # what errors call a `src` that is no file
 ) -> list:
-    "The rows as a list of dicts, each of them checked; other keys are kept. Errors say the file and the line, or the index."
-    if isinstance(src, Mapping): raise TypeError(f'{name}: one mapping is not a list of rows; pick a split, or write [row]')
+    "The rows as a list of dicts, each checked; other keys are kept. Errors say the file and line, or the index."
+    if isinstance(src, Mapping):
+        raise TypeError(f'{name}: one mapping is not a list of rows; pick a split, or write [row]')
     places = _jsonl(src) if isinstance(src, (str, os.PathLike)) else ((f'{name}[{i}]', o) for i,o in enumerate(src))
     rows = []
     for where, row in places:
@@ -71,7 +75,7 @@ def read_rows(
     if not rows: raise ValueError(f'{src if isinstance(src, (str, os.PathLike)) else name}: no rows')
     return rows
 
-# %% ../nbs/02_data.ipynb #18e0dbae
+# %% ../nbs/02_data.ipynb #05618e4f
 @dataclass
 class Task:
     "What to learn: rows to train on, rows to choose by, rows to be judged by, and how replies are scored."
@@ -88,7 +92,7 @@ class Task:
             rows = read_rows(getattr(self, split), f'{self.name}.{split}') if len(getattr(self, split)) else []
             setattr(self, split, tuple(rows) if split == 'shots' else rows)
 
-# %% ../nbs/02_data.ipynb #58ae8886
+# %% ../nbs/02_data.ipynb #47c0ede6
 @patch(cls_method=True)
 def from_jsonl(cls:Task,
     path, # of a JSONL file
@@ -98,16 +102,18 @@ def from_jsonl(cls:Task,
     name:str=None, # of the task; None: the file's
 ):
     "A task from the rows of one file, split at random but the same for the same seed."
-    if not (0 < valid and 0 < test and valid + test < 1): raise ValueError(f'{valid=} and {test=} must be positive, with a sum below 1')
+    if not (0 < valid and 0 < test and valid + test < 1):
+        raise ValueError(f'{valid=} and {test=} must be positive, and together below 1')
     rows = read_rows(path)
     n_valid, n_test = max(1, round(valid*len(rows))), max(1, round(test*len(rows)))
-    if len(rows) < n_valid + n_test + 1: raise ValueError(f'{path}: {len(rows)} rows are too few for train, valid and test: give 3 at least')
+    if len(rows) < n_valid + n_test + 1:
+        raise ValueError(f'{path}: {len(rows)} rows are too few for train, valid and test: give 3 at least')
     random.Random(seed).shuffle(rows)
     return cls(name or Path(path).stem, rows[n_valid+n_test:], rows[:n_valid], rows[n_valid:n_valid+n_test])
 
-# %% ../nbs/02_data.ipynb #f26bbc6a
+# %% ../nbs/02_data.ipynb #36294323
 def _replies(tok, messages, n):
-    "The text of the conversation, and for each of its last `n` replies the characters from its first to its end token's last."
+    "The text of the conversation, and for each of its last `n` replies where it begins and where its end token ends."
     text, ends = render(tok, messages), '|'.join(map(re.escape, tok.convert_ids_to_tokens(end_ids(tok))))
     at = [i for i,m in enumerate(messages) if m['role'] == 'assistant'][-n:]
     heads, out = [render(tok, messages[:i], reply=True) for i in at], []
@@ -125,11 +131,12 @@ def _end(text, words, ends, lo, hi):
     "Where the token that ends the reply `words` ends: nothing but white space may stand between the two."
     hit = ends and re.compile(rf'{re.escape(words)}\s*(?:{ends})').search(text, lo, hi)
     if hit: return hit.end()
-    if words in text[lo:hi]: raise ValueError(f'the chat template ends the reply {words[:40]!r} without a special token: '
-                                              'a model trained on it would never learn to stop')
+    if words in text[lo:hi]:
+        raise ValueError(f'the chat template ends the reply {words[:40]!r} without a special token: '
+                         'a model trained on it would never learn to stop')
     raise ValueError(f"the chat template changes the reply {words[:40]!r}: it can't be found in its turn")
 
-# %% ../nbs/02_data.ipynb #7c87bc42
+# %% ../nbs/02_data.ipynb #fdcd6f21
 def _encode(tok, row, tuner, max_length):
     "`encode`, but None where the replies do not fit."
     if max_length is not None and max_length < 2: raise ValueError(f'{max_length=} must be 2 at least')
@@ -142,10 +149,10 @@ def _encode(tok, row, tuner, max_length):
     labels = [i if any(lo <= a < hi for lo,hi in replies) else -100 for i,(a,_) in zip(ids, offs)]
     first = next(k for k,l in enumerate(labels) if l != -100)
     cut = max(0, len(ids) - max_length) if max_length else 0
-    if cut and cut > first - 1: return None           # one token must stay in front: the first word is predicted from it
+    if cut and cut > first - 1: return None        # one token must stay in front: it predicts the first word
     return dict(input_ids=ids[cut:], labels=labels[cut:], dropped=cut)
 
-# %% ../nbs/02_data.ipynb #8989330a
+# %% ../nbs/02_data.ipynb #02642d9d
 def encode(
     tok, # a fast tokenizer with a chat template
     row:dict, # with 'prompt' and 'completion', or with 'messages'
@@ -155,10 +162,11 @@ def encode(
     """A row as `input_ids`, `labels` (the same ids where the model shall learn to say them, else -100; not shifted) and
     `dropped`, the number of the prompt's oldest tokens that did not fit into `max_length`."""
     e = _encode(tok, row, tuner, max_length)
-    if e is None: raise ValueError(f'the reply does not fit into {max_length} tokens, and a reply is never cut: raise max_length')
+    if e is None: raise ValueError(f'the reply does not fit into {max_length} tokens, and a reply is never cut: '
+                                   'raise max_length')
     return e
 
-# %% ../nbs/02_data.ipynb #87e2ae2e
+# %% ../nbs/02_data.ipynb #28057c2e
 def encode_rows(
     tok, # a fast tokenizer with a chat template
     rows:list, # as `read_rows` gives them
@@ -175,11 +183,12 @@ def encode_rows(
         else: out.append(e)
     if not out: raise ValueError(f'none of the {dropped} replies fits into {max_length} tokens: raise max_length')
     return out, dict(rows=len(out), dropped=dropped, shortened=sum(e['dropped'] > 0 for e in out),
-                     tokens=sum(len(e['input_ids']) for e in out), supervised=sum(l != -100 for e in out for l in e['labels']))
+                     tokens=sum(len(e['input_ids']) for e in out),
+                     supervised=sum(l != -100 for e in out for l in e['labels']))
 
-# %% ../nbs/02_data.ipynb #7795e58b
+# %% ../nbs/02_data.ipynb #4d9068f5
 class Batches:
-    """`b[step]` is the list of row indices of a step: a function of seed and step alone, so that a run can go on anywhere.
+    """`b[step]` is the list of row indices of a step: a function of seed and step alone, so a run can go on anywhere.
     Rows of like length go together; an epoch has `len(b)` steps and sees no row twice; what does not fill a batch waits
     for the next epoch's shuffle. Fewer rows than `batch_size`: every batch is all of them."""
     def __init__(self,
@@ -192,7 +201,7 @@ class Batches:
         self.lengths, self.batch_size, self.seed = list(lengths), min(batch_size, len(lengths)), seed
         self._epoch = None, None
 
-# %% ../nbs/02_data.ipynb #4792fff0
+# %% ../nbs/02_data.ipynb #f20e5cf2
 @patch
 def __len__(self:Batches):
     "Steps in an epoch."
@@ -214,14 +223,14 @@ def __getitem__(self:Batches, step:int):
         self._epoch = epoch, batches
     return list(self._epoch[1][i])
 
-# %% ../nbs/02_data.ipynb #ff79b9b3
+# %% ../nbs/02_data.ipynb #d02fd48c
 def collate(
     encoded:list, # rows from `encode`, or packed ones from `pack`
     pad_id:int, # fills up; any id will do, for masks go by length
     side:str='right', # where the padding stands
 ) -> dict:
-    """A batch of int64 tensors [B, T]: `input_ids`, `attention_mask`, `labels`. For packed rows also `position_ids`, and
-    the mask is boolean [B, 1, T, T]: True where a token (row) may look at another (column)."""
+    """A batch of int64 tensors [B, T]: `input_ids`, `attention_mask`, `labels`. For packed rows also `position_ids`,
+    and the mask is boolean [B, 1, T, T]: True where a token (row) may look at another (column)."""
     if side not in ('right', 'left'): raise ValueError(f"{side=} must be 'right' or 'left'")
     T = max(len(e['input_ids']) for e in encoded)
     def fill(key, pad):
@@ -234,18 +243,19 @@ def collate(
         return batch | dict(attention_mask=(at < n if side == 'right' else at >= T - n).long())
     seg = fill('segment_ids', -1)                # padding is a segment of its own, so that no token looks at nothing
     causal = torch.ones(T, T, dtype=torch.bool).tril()
-    return batch | dict(position_ids=fill('position_ids', 0), attention_mask=((seg[:,:,None] == seg[:,None]) & causal)[:,None])
+    mask = ((seg[:,:,None] == seg[:,None]) & causal)[:,None]
+    return batch | dict(position_ids=fill('position_ids', 0), attention_mask=mask)
 
-# %% ../nbs/02_data.ipynb #dd7bab64
+# %% ../nbs/02_data.ipynb #eabfb256
 def pack(
     encoded:list, # rows from `encode`
     max_length:int, # of a packed row, in tokens
 ) -> list:
-    """Several rows in one, the longest first, each where it first fits: `input_ids`, `labels`, `position_ids` (from 0 in every
-    row) and `segment_ids` (the row's number). Raises ValueError for a row longer than `max_length`."""
+    """Several rows in one, the longest first, each where it first fits: `input_ids`, `labels`, `position_ids` (from 0
+    in every row) and `segment_ids` (the row's number). Raises ValueError for a row longer than `max_length`."""
     bins = []
     for e in sorted(encoded, key=lambda e: -len(e['input_ids'])):
-        ids, labels = list(e['input_ids']), [-100] + list(e['labels'])[1:]   # no row's first token follows from the row before
+        ids, labels = list(e['input_ids']), [-100] + list(e['labels'])[1:]   # no row follows from the one before
         if len(ids) > max_length: raise ValueError(f'a row of {len(ids)} tokens does not fit into {max_length=}')
         b = next((b for b in bins if len(b['input_ids']) + len(ids) <= max_length), None)
         if b is None: bins.append(b := dict(input_ids=[], labels=[], position_ids=[], segment_ids=[]))

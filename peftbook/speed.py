@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['supervised_loss']
 
-# %% ../nbs/04_speed.ipynb #b0ae4c55
+# %% ../nbs/04_speed.ipynb #70fb2c80
 import torch, torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-# %% ../nbs/04_speed.ipynb #12a44f47
+# %% ../nbs/04_speed.ipynb #91409fca
 _inputs = 'input_ids', 'attention_mask', 'position_ids'     # what a model reads of a batch; the labels stay here
 
-# %% ../nbs/04_speed.ipynb #f3fe2d92
+# %% ../nbs/04_speed.ipynb #6ef79726
 def supervised_loss(
     model,      # a causal language model of transformers, or the same inside DistributedDataParallel
     batch,      # `input_ids`, `attention_mask`, `labels` ([B, T], -100 where unsupervised), perhaps `position_ids`

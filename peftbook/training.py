@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['schedules', 'lr_schedule', 'gradient_step', 'Progress', 'History', 'evaluate', 'fit']
 
-# %% ../nbs/05_training.ipynb #29140e42
+# %% ../nbs/05_training.ipynb #23424db7
 import hashlib, io, json, math, os, random, signal, sys, tempfile, threading, time, warnings
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
@@ -22,10 +22,10 @@ from .data import *
 from .data import pack as _pack
 from .speed import *
 
-# %% ../nbs/05_training.ipynb #10f03224
+# %% ../nbs/05_training.ipynb #b26608c2
 schedules = 'cosine', 'linear', 'constant'     # how the learning rate falls after the warmup
 
-# %% ../nbs/05_training.ipynb #0cee07c7
+# %% ../nbs/05_training.ipynb #cd61125c
 def lr_schedule(
     name:str, # one of `schedules`
     steps:int, # of the run
@@ -40,7 +40,7 @@ def lr_schedule(
     rate = get_scheduler(name, opt, num_warmup_steps=w, num_training_steps=steps + (w > 0)).lr_lambdas[0]
     return [rate(i + (w > 0)) for i in range(steps)]
 
-# %% ../nbs/05_training.ipynb #525cc2b0
+# %% ../nbs/05_training.ipynb #0e5ef8e0
 def gradient_step(
     acc, # an `accelerate.Accelerator`
     model, # the model, perhaps inside DistributedDataParallel
@@ -60,7 +60,7 @@ def gradient_step(
         loss_sum += loss.detach()
     return loss_sum, acc.clip_grad_norm_(params, math.inf if clip is None else clip)
 
-# %% ../nbs/05_training.ipynb #7aa1847a
+# %% ../nbs/05_training.ipynb #2ac6e23b
 class Progress:
     "One line that says how far a run is: step, loss, tokens per second, time left."
     def __init__(self,
@@ -74,7 +74,7 @@ class Progress:
         self.notebook = ip is not None and getattr(ip.get_ipython(), 'kernel', None) is not None
         self.tty = not self.notebook and sys.stderr.isatty()
 
-# %% ../nbs/05_training.ipynb #75e5dc86
+# %% ../nbs/05_training.ipynb #641392af
 @patch
 def update(self:Progress,
     step:int, # steps done
@@ -109,7 +109,7 @@ def _notebook(self:Progress, step, line):
     if self.handle is None: self.handle = display(data, raw=True, display_id=True)
     else: self.handle.update(data, raw=True)
 
-# %% ../nbs/05_training.ipynb #863438c5
+# %% ../nbs/05_training.ipynb #bc105695
 class History:
     "What happened in a run: `rows` (step, loss, lr, norm, seconds, tokens), `evals` (step, loss), and its `settings`."
     def __init__(self,
@@ -123,7 +123,7 @@ class History:
         return (f"History: {len(self.rows)} steps, loss {self.rows[0]['loss']:.4f} to {self.rows[-1]['loss']:.4f}, "
                 f"{sum(o['tokens'] for o in self.rows):,} tokens in {sum(o['seconds'] for o in self.rows):.0f} s")
 
-# %% ../nbs/05_training.ipynb #237a8d8c
+# %% ../nbs/05_training.ipynb #09dba9b4
 @patch(cls_method=True)
 def load(cls:History,
     path, # what `save` wrote
@@ -156,7 +156,7 @@ def _repr_png_(self:History):
     fig.savefig(out, format='png', dpi=80)
     return out.getvalue()
 
-# %% ../nbs/05_training.ipynb #a66d750b
+# %% ../nbs/05_training.ipynb #1a9764dd
 def _trainable(tuner):
     "The tensors of `tuner` that train, by name; ValueError if there is nothing to train."
     if tuner.model is None: raise ValueError(f'this {tuner.name} is not attached: attach(model) it before fit')
@@ -168,7 +168,7 @@ def _trainable(tuner):
                          'call requires_grad_(True) on them')
     return live
 
-# %% ../nbs/05_training.ipynb #c85917bb
+# %% ../nbs/05_training.ipynb #298a1934
 def _check_gradients(tuner, live):
     "After the first backward pass: ValueError with the names of the tensors that got no gradient."
     if dead := [n for n, p in live.items() if p.grad is None]:
@@ -186,7 +186,7 @@ def _check_options(whole, positive, optional=('eval_every', 'pack', 'max_length'
         if k in positive and (not isinstance(v, (int, float)) or not 0 < v < math.inf):
             raise ValueError(f'{k}={v!r} must be a number above 0')
 
-# %% ../nbs/05_training.ipynb #e449f31f
+# %% ../nbs/05_training.ipynb #f1c0df37
 def _find_run(out, resume):
     "What the run in `out` is taken up from: its checkpoint, its history if it is finished, or None for a fresh start."
     if out is None:
@@ -208,7 +208,7 @@ def _check_writable(out):
         with tempfile.TemporaryFile(dir=out) as f: f.write(b'0')
     except OSError as e: raise OSError(e.errno, f'{e.strerror}; nothing was trained', str(out)) from None
 
-# %% ../nbs/05_training.ipynb #929602ce
+# %% ../nbs/05_training.ipynb #8aab597d
 def _save_checkpoint(path, tuner, opt, hist):
     "Write tensors, Adam's means and history as one file, whole or not at all."
     from safetensors.torch import save
@@ -226,7 +226,7 @@ def _read_checkpoint(path):
     except (SafetensorError, TypeError, KeyError, ValueError) as e:
         raise ValueError(f'{path} is no checkpoint of a run ({e}): delete it to start afresh') from None
 
-# %% ../nbs/05_training.ipynb #e4269d02
+# %% ../nbs/05_training.ipynb #163cfdb8
 def _restore(found, settings, tuner, opt):
     "Put tensors and optimizer back as the file `found` has them. Returns the history. ValueError if the settings differ."
     finished = found.name == 'history.json'
@@ -245,7 +245,7 @@ def _restore(found, settings, tuner, opt):
         opt.state[p] = dict(step=torch.tensor(float(len(hist.rows)))) | means
     return hist
 
-# %% ../nbs/05_training.ipynb #463f4db9
+# %% ../nbs/05_training.ipynb #623dd440
 @contextmanager
 def _patient():
     "Within it Ctrl-C only notes itself, once: yields a function that says whether it came."
@@ -260,7 +260,7 @@ def _patient():
     try: yield lambda: bool(came)
     finally: signal.signal(signal.SIGINT, old or signal.SIG_DFL)
 
-# %% ../nbs/05_training.ipynb #de92f38f
+# %% ../nbs/05_training.ipynb #594e7032
 @contextmanager
 def _training(model):
     "Within it every module is in training mode, and checkpointing works above frozen embeddings."
@@ -274,7 +274,7 @@ def _training(model):
         for m, mode in modes: m.training = mode
         for m, f in old: m._gradient_checkpointing_func = f
 
-# %% ../nbs/05_training.ipynb #37696044
+# %% ../nbs/05_training.ipynb #d30b4639
 def _rows_of(task, split):
     "The rows of a split; ValueError if there is no such split, or nothing in it."
     if split not in ('train', 'valid', 'test'):
@@ -298,7 +298,7 @@ def _mean_loss(model, tok, enc, batch_size):
             losses.append([float(o) for o in supervised_loss(model, batch)])
     return sum(l for l, _ in losses) / sum(n for _, n in losses)
 
-# %% ../nbs/05_training.ipynb #6fb2e777
+# %% ../nbs/05_training.ipynb #88b32721
 def evaluate(
     model, # a model, perhaps with a tuner attached
     tok, # its tokenizer
@@ -320,7 +320,7 @@ def evaluate(
     replies = generate(model, tok, [question(r) for r in rows], max_new_tokens, batch_size)
     return res | dict(score=sum(task.score(r, o) for r, o in zip(rows, replies))/len(rows))
 
-# %% ../nbs/05_training.ipynb #8ff07876
+# %% ../nbs/05_training.ipynb #7852efd5
 def _accelerator():
     "One device or several (under `torchrun` or `accelerate launch`), in the model's own precision."
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -347,6 +347,8 @@ def _micro_batches(rows, enc, tok, batch_size, acc, device):
 
 def _encode_train(tok, rows, tuner, max_length, pack, show):
     "The rows encoded, and packed if `pack` is a length; says so if rows were cut or left out."
+    if pack and tuner.model.config._attn_implementation == 'eager':
+        raise ValueError("pack needs attn_implementation='sdpa': eager attention reads the mask as numbers, and rows would see each other")
     max_length = min(max_length, pack or max_length)
     enc, n = encode_rows(tok, rows, tuner, max_length)
     if show and (n['dropped'] or n['shortened']):
@@ -358,7 +360,7 @@ def _seed(seed, step, rank):
     "Chance in a step is a function of the seed, the step and the process: no state of a generator needs to be kept."
     torch.manual_seed(random.Random(f'{seed} {step} {rank}').getrandbits(63))
 
-# %% ../nbs/05_training.ipynb #84282c64
+# %% ../nbs/05_training.ipynb #e7aa8072
 def _settings(tuner, task, enc, options):
     "What two runs must share for one to go on where the other stopped, as JSON has it."
     data = hashlib.sha256(repr([(e['input_ids'], e['labels']) for e in enc]).encode()).hexdigest()[:16]
@@ -377,7 +379,7 @@ def _interrupted(step, steps, out):
     if out: how = f'run the same call with resume=True to go on from {out}'
     return KeyboardInterrupt(f'stopped after step {step} of {steps}: {how}')
 
-# %% ../nbs/05_training.ipynb #e39cc8c2
+# %% ../nbs/05_training.ipynb #b91e7415
 def _train(tuner, wrapped, tok, enc, valid, opt, rates, hist, eval_every, out, acc):
     "The steps that `hist` lacks. `wrapped` is the tuner's model as `acc` prepared it."
     s, model, live, first, saved = hist.settings, tuner.model, _trainable(tuner), len(hist.rows), len(hist.rows)
@@ -416,7 +418,7 @@ def _finish(tuner, hist, out):
     hist.save(out/'history.json')
     for f in out.glob('*checkpoint.safetensors*'): f.unlink()    # and what a killed run was writing (.checkpoint...)
 
-# %% ../nbs/05_training.ipynb #1b95de6f
+# %% ../nbs/05_training.ipynb #d637495c
 def fit(
     tuner:Tuner, # attached to its model
     tok, # the model's tokenizer

@@ -151,7 +151,7 @@ def test_rows():
     assert not any('{' in r['prompt'] + r['completion'] for r in rows)
     for split in (t.train, t.valid, t.test):
         ours = [r for r in split if r['cause'] == 'ours']; other = [r for r in split if r['cause'] != 'ours']
-        assert len(ours) == len(other) and {'weather', 'outside'} == {r['cause'] for r in other}
+        assert len(ours) == len(other) and {'weather'} == {r['cause'] for r in other}
         ask = lambda rs: sum('refund' in r['prompt'].lower() or 'money back' in r['prompt'].lower() for r in rs)/len(rs)
         assert .1 < ask(ours) < .7 and abs(ask(ours) - ask(other)) < (.05 if split is t.train else .25)   # asking for a refund gives nothing away
 
@@ -171,7 +171,7 @@ def test_seeds():
 def test_instruction_and_shots():
     t = once()
     assert '15-euro' in t.instruction and 'refund' in t.instruction.lower()
-    assert [r['cause'] for r in t.shots] == ['ours', 'weather', 'outside']
+    assert [r['cause'] for r in t.shots] == ['ours', 'weather']
     assert all(r in t.train for r in t.shots)
     assert score_airline(row['ours'], t.instruction) < .2 and score_airline(row['weather'], t.instruction) < .2
 

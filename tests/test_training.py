@@ -135,6 +135,11 @@ def test_packing_trains_on_the_same_tokens(llama, task):
     want = evaluate_loss_of_fresh(task)
     assert hist.rows[0]['loss'] == pytest.approx(want, abs=1e-4)      # no row sees another (trl#3067)
 
+def test_packing_refuses_eager_attention(llama, task):
+    tuner, tok = llama
+    tuner.model.set_attn_implementation('eager')
+    with pytest.raises(ValueError, match="pack needs attn_implementation='sdpa'"): fit(tuner, tok, task, steps=1, pack=128)
+
 def evaluate_loss_of_fresh(task):
     model, tok = tiny_model('llama')
     return evaluate(model, tok, Task('t', task.train, [], []), split='train')['loss']
@@ -257,7 +262,7 @@ def test_resume_with_nothing_starts_afresh(llama, task, tmp_path):
     assert len(fit(tuner, tok, task, steps=2, out=tmp_path/'new', resume=True, max_length=None).rows) == 2
     assert sorted(os.listdir(tmp_path/'new')) == ['adapter_model.safetensors', 'history.json', 'tuner.json']
 
-@pytest.mark.parametrize('change,words', [(dict(lr=.5), 'lr=0.005, not 0.5'), (dict(steps=4), 'steps=3, not 4'), (dict(seed=1), 'seed=0, not 1'),
+@pytest.mark.parametrize('change,words', [(dict(lr=.5), 'lr=0.01, not 0.5'), (dict(steps=4), 'steps=3, not 4'), (dict(seed=1), 'seed=0, not 1'),
                                           (dict(schedule='linear'), "schedule='cosine', not 'linear'")])
 def test_other_settings_raise(llama, task, tmp_path, change, words):
     tuner, tok = llama
