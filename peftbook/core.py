@@ -7,9 +7,9 @@ __all__ = ['methods', 'Wrapper', 'Swap', 'Hook', 'Patch', 'Site', 'features', 'w
            'write_atomic', 'Tuner', 'versions', 'adapter_info', 'checkpoint_activations', 'check_tuner', 'module_hash',
            'stamp']
 
-# %% ../nbs/01_core.ipynb #8ee6537b
+# %% ../nbs/01_core.ipynb #83bfce4b
 import ast, hashlib, inspect, json, os, re, tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib import metadata, util
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 
-# %% ../nbs/01_core.ipynb #23449b21
+# %% ../nbs/01_core.ipynb #768a7319
 class Wrapper(nn.Module):
     "Stands in the place of the layer `base`, which it keeps whole; unknown attributes are the base's."
     def __init__(self,
@@ -35,7 +35,7 @@ class Wrapper(nn.Module):
             if k == 'base': raise
             return getattr(self.base, k)
 
-# %% ../nbs/01_core.ipynb #c80b9bcf
+# %% ../nbs/01_core.ipynb #85013bf3
 def _own(
     m:nn.Module, # a module
     base:nn.Module=None, # its tensors do not count
@@ -44,7 +44,7 @@ def _own(
     old = {id(t) for t in (*base.parameters(), *base.buffers())} if base is not None else set()
     return {n: t for n, t in m.state_dict(keep_vars=True).items() if id(t) not in old}
 
-# %% ../nbs/01_core.ipynb #68d1e80b
+# %% ../nbs/01_core.ipynb #405df958
 class Swap:
     "An edit: the submodule called `name` is replaced by the wrapper `new`."
     def __init__(self,
@@ -55,7 +55,7 @@ class Swap:
     def apply(self, model): model.set_submodule(self.name, self.new)
     def undo(self, model): model.set_submodule(self.name, self.new.base)
 
-# %% ../nbs/01_core.ipynb #287ed98d
+# %% ../nbs/01_core.ipynb #366d1cb2
 class Hook:
     "An edit: `fn` is registered on the submodule `name`, and `params` become parameters of that submodule."
     def __init__(self,
@@ -67,7 +67,7 @@ class Hook:
     ): self.name, self.fn, self.kind, self.with_kwargs, self.params = name, fn, kind, with_kwargs, params or {}
     def tensors(self): return {f'{self.name}.{n}'.lstrip('.'): p for n, p in self.params.items()}
 
-# %% ../nbs/01_core.ipynb #50e14f4f
+# %% ../nbs/01_core.ipynb #b7da4e25
 @patch
 def apply(self:Hook, model):
     m = model.get_submodule(self.name)
@@ -81,7 +81,7 @@ def undo(self:Hook, model):
     self.handle.remove()
     for n in self.params: del model.get_submodule(self.name)._parameters[n]
 
-# %% ../nbs/01_core.ipynb #f7d633dc
+# %% ../nbs/01_core.ipynb #21254c92
 class Patch:
     "An edit: the forward of the submodule `name` is replaced by `forward(module, *args, **kwargs)`. It owns no tensor."
     def __init__(self,
@@ -98,7 +98,7 @@ class Patch:
         if self.old is None: del m.forward
         else: m.forward = self.old
 
-# %% ../nbs/01_core.ipynb #b2d2a870
+# %% ../nbs/01_core.ipynb #3aa2b07b
 @dataclass
 class Site:
     "A linear layer of a model and the parts of its output that are meant."
@@ -106,7 +106,7 @@ class Site:
     module:nn.Module # the layer
     parts:dict = field(default_factory=dict) # role -> output rows (slice or index tensor); {'': None} is the whole layer
 
-# %% ../nbs/01_core.ipynb #9341abf1
+# %% ../nbs/01_core.ipynb #386a5405
 # The last one or two parts of a layer's name -> its role.
 _roles = {'q_proj': 'q', 'k_proj': 'k', 'v_proj': 'v', 'o_proj': 'o', 'out_proj': 'o', 'attn.c_proj': 'o',
     'attention.dense': 'o', 'self_attention.dense': 'o', 'gate_proj': 'gate', 'up_proj': 'up', 'down_proj': 'down',
@@ -116,7 +116,7 @@ _fused = {'c_attn': ('qkv', 'stacked'), 'qkv_proj': ('qkv', 'stacked'), 'gate_up
     'query_key_value': ('qkv', 'by head')}
 _role_names = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 
-# %% ../nbs/01_core.ipynb #e4a44895
+# %% ../nbs/01_core.ipynb #73680ff4
 def features(
     m:nn.Module, # any module
 ) -> tuple: # (in, out), or None if it is no linear layer
@@ -130,7 +130,7 @@ def weight_of(
     "The weight of a dense linear layer as a matrix with a row per output. `Conv1D` stores its transpose (peft#193)."
     return m.weight.T if type(m).__name__ == 'Conv1D' else m.weight
 
-# %% ../nbs/01_core.ipynb #42bfc70f
+# %% ../nbs/01_core.ipynb #417340fb
 def _suffix(name, table):
     "The key of `table` that is the end of `name`, or None."
     parts = name.split('.')
@@ -154,7 +154,7 @@ def _rows(cfg, module, name, key):
     ends = torch.tensor(sizes).cumsum(0).tolist()
     return {r: slice(e-s, e) for r, e, s in zip(roles, ends, sizes)}
 
-# %% ../nbs/01_core.ipynb #e5c7f31f
+# %% ../nbs/01_core.ipynb #437a71d1
 def _sites_of(model):
     "Every linear layer but the output head, with its roles: {role: rows or None} (empty where the name is not known)."
     head = model.get_output_embeddings() if hasattr(model, 'get_output_embeddings') else None
@@ -164,7 +164,7 @@ def _sites_of(model):
 def _is_role(t): return t in _role_names or (t != '' and set(t) <= set('qkvo'))
 def _letters(t): return [t] if t in _role_names else list(t)
 
-# %% ../nbs/01_core.ipynb #a3e4c6a1
+# %% ../nbs/01_core.ipynb #999df6bd
 def _match(model, target):
     "Yield the `Site`s that one target names."
     if target == 'all-linear':
@@ -183,7 +183,7 @@ def _match(model, target):
         for name, m in model.named_modules():
             if features(m) and hit(name): yield Site(name, m, {'': None})
 
-# %% ../nbs/01_core.ipynb #ae4dc9f0
+# %% ../nbs/01_core.ipynb #a6dbd8e9
 def find_sites(
     model:nn.Module, # a transformers model
     targets, # 'qv' (roles), 'all-linear', a name's end, a glob, a pattern that begins with ^; or a list of these
@@ -202,7 +202,7 @@ def find_sites(
     order = {n: i for i, (n, _) in enumerate(model.named_modules())}
     return sorted(found.values(), key=lambda s: order[s.name])
 
-# %% ../nbs/01_core.ipynb #eee6d1d6
+# %% ../nbs/01_core.ipynb #bd4ae8f2
 def fingerprint(
     model:nn.Module, # with or without a tuner attached
 ) -> str: # 'layers-values', 16 hex digits each
@@ -221,7 +221,7 @@ def fingerprint(
         vals = x.bfloat16().view(torch.int16).numpy().tobytes()
     return '-'.join(hashlib.sha256(b).hexdigest()[:16] for b in ('\n'.join(sorted(lines)).encode(), vals))
 
-# %% ../nbs/01_core.ipynb #070672c9
+# %% ../nbs/01_core.ipynb #50e0f0d6
 def write_atomic(
     path, # the file
     data:bytes, # all that it shall hold
@@ -240,7 +240,7 @@ def write_atomic(
         if isinstance(e, OSError): raise OSError(e.errno, f'{e.strerror}; nothing was written', str(path)) from None
         raise
 
-# %% ../nbs/01_core.ipynb #c651ae19
+# %% ../nbs/01_core.ipynb #e1eef9f2
 methods = {} # the registry: name -> class
 
 class Tuner:
@@ -253,7 +253,7 @@ class Tuner:
     def edits(self, model): "Yield the edits (`Swap`, `Hook`, `Patch`) of this method."; raise NotImplementedError(f'{type(self).__name__} does not say what it edits')
     def messages(self, messages): "What stands in for these chat messages; words in front are put here."; return messages
 
-# %% ../nbs/01_core.ipynb #f62e74d4
+# %% ../nbs/01_core.ipynb #78e07781
 @patch(as_prop=True)
 def config(self:Tuner) -> dict:
     "The options it was made with."
@@ -264,7 +264,7 @@ def name(self:Tuner) -> str:
     "The method's name in the registry, in files and on the command line."
     return type(self).__name__.lower()
 
-# %% ../nbs/01_core.ipynb #705147eb
+# %% ../nbs/01_core.ipynb #4fb57e4f
 @patch
 def _apply(self:Tuner):
     "Apply all edits, or none."
@@ -281,14 +281,14 @@ def _undo(self:Tuner):
     for e in reversed(self._edits): e.undo(self._home)
     del self._home.tuner
 
-# %% ../nbs/01_core.ipynb #9b5f4490
+# %% ../nbs/01_core.ipynb #e79a6a9b
 @patch
 def _build(self:Tuner, model):
     "Make the edits for `model` without applying them."
     self._edits, self._home = list(self.edits(model)), model
     self.base = dict(name=getattr(model, 'name_or_path', ''), fingerprint=fingerprint(model))
 
-# %% ../nbs/01_core.ipynb #31f29185
+# %% ../nbs/01_core.ipynb #e6cb986a
 @patch
 def attach(self:Tuner,
     model:nn.Module, # the base; it is frozen until `detach`
@@ -311,7 +311,7 @@ def attach(self:Tuner,
 def _thaw(self:Tuner):
     for p, flag in self._flags: p.requires_grad_(flag)
 
-# %% ../nbs/01_core.ipynb #99845f67
+# %% ../nbs/01_core.ipynb #24ae508e
 @patch
 def detach(self:Tuner) -> Tuner:
     "Take every edit back: the model is the base again, bit for bit. The trained tensors stay with the tuner."
@@ -331,7 +331,7 @@ def disabled(self:Tuner):
     try: yield self.model
     finally: self._apply()
 
-# %% ../nbs/01_core.ipynb #ab4aaa86
+# %% ../nbs/01_core.ipynb #adc3ad93
 @patch(as_prop=True)
 def tensors(self:Tuner) -> dict:
     "Name -> tensor: all that belongs to the tuner and goes into its file."
@@ -342,14 +342,14 @@ def params(self:Tuner) -> dict:
     "Name -> parameter: what trains."
     return {n: t for n, t in self.tensors.items() if isinstance(t, nn.Parameter)}
 
-# %% ../nbs/01_core.ipynb #d7938c60
+# %% ../nbs/01_core.ipynb #e793f735
 def _untie(model, m):
     "Give `m` a weight of its own if another module shares it: merging must not reach the embeddings (peft#2018)."
     if not any(o is not m and p is m.weight for o in model.modules() for p in o.parameters(recurse=False)): return
     m.weight = nn.Parameter(m.weight.detach().clone(), requires_grad=m.weight.requires_grad)
     model.config.tie_word_embeddings = False
 
-# %% ../nbs/01_core.ipynb #34a91bf9
+# %% ../nbs/01_core.ipynb #c741ca9a
 @patch
 @torch.no_grad()
 def fold(self:Swap,
@@ -362,7 +362,7 @@ def fold(self:Swap,
     w.copy_(exact)
     return (w.float() - exact).abs().max().item()
 
-# %% ../nbs/01_core.ipynb #94408015
+# %% ../nbs/01_core.ipynb #477b714d
 @patch
 def merge(self:Tuner) -> dict: # how many layers, and the largest error that rounding to the base's precision made
     "Fold the tuner into the base's weights, for good. Merging again changes nothing. Raises `TypeError` where there is nothing to fold into."
@@ -376,7 +376,7 @@ def merge(self:Tuner) -> dict: # how many layers, and the largest error that rou
     self.merged, self.model = dict(layers=len(swaps), max_rounding=max(errors)), None
     return self.merged
 
-# %% ../nbs/01_core.ipynb #7b397050
+# %% ../nbs/01_core.ipynb #119a9cfe
 _packages = ('peftbook', 'torch', 'transformers', 'safetensors')
 
 def versions() -> dict:
@@ -386,7 +386,7 @@ def versions() -> dict:
         except metadata.PackageNotFoundError: return 'not installed'
     return {p: version(p) for p in _packages}
 
-# %% ../nbs/01_core.ipynb #8505ce7c
+# %% ../nbs/01_core.ipynb #7ebfa928
 @patch
 def save(self:Tuner,
     path, # a folder; made if need be
@@ -403,7 +403,7 @@ def save(self:Tuner,
     write_atomic(path/'tuner.json', text)
     return path
 
-# %% ../nbs/01_core.ipynb #91e10770
+# %% ../nbs/01_core.ipynb #e00f2a60
 def _read_adapter(path):
     "The tuner.json and the tensors of a saved tuner, checked against each other."
     from safetensors.torch import load as from_bytes
@@ -420,14 +420,14 @@ def _read_adapter(path):
     try: return info, from_bytes(data)
     except Exception as e: raise ValueError(f'{st} cannot be read as safetensors ({e})') from None
 
-# %% ../nbs/01_core.ipynb #342226e3
+# %% ../nbs/01_core.ipynb #30c1ea56
 def adapter_info(
     path, # a folder that `Tuner.save` wrote
 ) -> dict: # method, config, base, versions, sha256
     "What a saved adapter is and which base it needs, after checking that its files are whole."
     return _read_adapter(path)[0]
 
-# %% ../nbs/01_core.ipynb #5d39d1c8
+# %% ../nbs/01_core.ipynb #638f740f
 def _check_base(path, info, model, base_mismatch):
     "Raise or warn if the adapter was trained on another base than `model`."
     if base_mismatch not in ('raise', 'warn'): raise ValueError(f"base_mismatch={base_mismatch!r}: say 'raise' or 'warn'")
@@ -439,7 +439,7 @@ def _check_base(path, info, model, base_mismatch):
     if base_mismatch == 'raise': raise ValueError(msg)
     import warnings; warnings.warn(msg)
 
-# %% ../nbs/01_core.ipynb #91f3dbc0
+# %% ../nbs/01_core.ipynb #3675cf11
 def _check_tensors(path, want, have):
     "Raise unless the file has exactly the tensors that the tuner wants, in their shapes (peft#1932, #2566, #2699)."
     def few(names): return ', '.join(sorted(names)[:3]) + (f' and {len(names)-3} more' if len(names) > 3 else '')
@@ -448,7 +448,7 @@ def _check_tensors(path, want, have):
     for n, t in want.items():
         if t.shape != have[n].shape: raise ValueError(f'{path}: {n} is {tuple(have[n].shape)}, the model needs {tuple(t.shape)}: nothing was loaded')
 
-# %% ../nbs/01_core.ipynb #88605d90
+# %% ../nbs/01_core.ipynb #889db5fb
 @patch(cls_method=True)
 def load(cls:Tuner,
     path, # a folder that `save` wrote
@@ -467,23 +467,24 @@ def load(cls:Tuner,
         for n, t in self.tensors.items(): t.copy_(have[n])
     return self.attach(model)
 
-# %% ../nbs/01_core.ipynb #d9fa218b
+# %% ../nbs/01_core.ipynb #f0cd2069
 @patch
 def cost(self:Tuner,
     model:nn.Module=None, # for a tuner that is not attached: the model to count on
 ) -> dict: # trained: numbers; share: of the base's; bytes: of the tensors on disk; layers: edits
     "How many numbers train, of how many, and how many bytes they take. Nothing is changed."
-    t = self
+    t, other = self, None
     if not hasattr(self, '_edits'):
         if model is None: raise ValueError(f'this {self.name} is not attached: cost(model) counts on a model without changing it')
-        t = type(self)(**self.config)
-        t._build(model)
-    own = {id(p) for p in t.tensors.values()}
-    base = sum(p.numel() for p in t._home.parameters() if id(p) not in own)
+        t, other = type(self)(**self.config), getattr(model, 'tuner', None)
+    with nullcontext() if other is None else other.disabled(): # count on the base, whatever it carries
+        if t is not self: t._build(model)
+        own = {id(p) for p in t.tensors.values()}
+        base = sum(p.numel() for p in t._home.parameters() if id(p) not in own)
     trained = sum(p.numel() for p in t.params.values())
     return dict(trained=trained, base=base, share=trained/base, bytes=sum(x.numel()*x.element_size() for x in t.tensors.values()), layers=len(t._edits))
 
-# %% ../nbs/01_core.ipynb #f694b34a
+# %% ../nbs/01_core.ipynb #2f1b84bd
 @patch
 def __repr__(self:Tuner): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
 
@@ -495,7 +496,7 @@ def _repr_markdown_(self:Tuner):
     return (f"`{self!r}`, {state}\n\n| numbers trained | of the base | on disk | edits |\n|---|---|---|---|\n"
             f"| {c['trained']:,} | {c['share']:.3%} of {c['base']:,} | {c['bytes']/1e6:.2f} MB | {c['layers']} |")
 
-# %% ../nbs/01_core.ipynb #161d8989
+# %% ../nbs/01_core.ipynb #c01204bf
 def _inputs(model, n=2, length=9, pad=3):
     "Random rows, the same rows padded on the left, and positions that count the real tokens."
     g = torch.Generator().manual_seed(0)
@@ -516,7 +517,7 @@ def _shake(tuner):
 
 def _gap(a, b): return (a - b).abs().max().item()
 
-# %% ../nbs/01_core.ipynb #ef9cf752
+# %% ../nbs/01_core.ipynb #8db9f4b9
 def checkpoint_activations(
     model:nn.Module, # a transformers model
     on:bool=True,
@@ -526,7 +527,7 @@ def checkpoint_activations(
     if on: getattr(model, f'{v}_checkpointing_enable')(**{f'{v}_checkpointing_kwargs': dict(use_reentrant=False)})
     else: getattr(model, f'{v}_checkpointing_disable')()
 
-# %% ../nbs/01_core.ipynb #bb07b749
+# %% ../nbs/01_core.ipynb #ac873604
 def _grads(model, tuner, ids):
     model.zero_grad()
     logits = model(input_ids=ids, use_cache=False).logits
@@ -559,7 +560,7 @@ def _check_grads(tuner, model, ids, tol):
     model.zero_grad()
     return 0.
 
-# %% ../nbs/01_core.ipynb #cbca8409
+# %% ../nbs/01_core.ipynb #f62e80bc
 def _check_disabled(tuner, model, ids, tol, base):
     "With the tuner disabled the model is the base; after that it is tuned again."
     tuned = _logits(model, ids)
@@ -578,7 +579,7 @@ def _check_padding(tuner, model, ids, tol):
     assert gap <= tol, f'a padded row differs from the row alone by {gap}'
     return gap
 
-# %% ../nbs/01_core.ipynb #bce1ab01
+# %% ../nbs/01_core.ipynb #05125812
 def _check_checkpointing(tuner, model, ids, tol):
     "Gradient checkpointing gives the same gradients, or raises (peft#137, #869)."
     plain = _grads(model, tuner, ids)
@@ -603,7 +604,7 @@ def _check_cache(tuner, model, ids, tol):
     assert torch.equal(a, b), f'with the cache {a[0].tolist()}, without {b[0].tolist()}'
     return 0.
 
-# %% ../nbs/01_core.ipynb #f5d41979
+# %% ../nbs/01_core.ipynb #81fba183
 def _check_files(tuner, model, ids, tol):
     "Saved, and loaded under another seed, it gives the same logits; the file holds its own numbers alone (peft#2092)."
     tuned, fresh = _logits(model, ids), {n for n, _ in model.named_parameters()}
@@ -638,7 +639,7 @@ def _check_merge(tuner, model, ids, tol):
     assert gap <= tol, f'merging moves the logits by {gap}'
     return gap
 
-# %% ../nbs/01_core.ipynb #18c7f652
+# %% ../nbs/01_core.ipynb #ce782267
 def check_tuner(
     tuner:Tuner, # a fresh one, not attached
     model:nn.Module, # in fp32, by preference tiny; it is as it was when the checks are over
@@ -666,7 +667,7 @@ def check_tuner(
     res['detach restores'] = 0.
     return res
 
-# %% ../nbs/01_core.ipynb #85d1a9e2
+# %% ../nbs/01_core.ipynb #f9b274f1
 def _strip(tree):
     "Take the docstrings out of a syntax tree."
     for n in ast.walk(tree):
@@ -675,7 +676,7 @@ def _strip(tree):
             n.body = b[1:] or [ast.Pass()]
     return tree
 
-# %% ../nbs/01_core.ipynb #f7a1a59e
+# %% ../nbs/01_core.ipynb #6a1a0647
 def module_hash(
     module:str, # 'lora' for peftbook/lora.py
 ) -> str: # 12 hex digits

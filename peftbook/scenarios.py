@@ -6,12 +6,12 @@
 __all__ = ['airline_grammar', 'scenarios', 'expand', 'deal', 'sample_rows', 'airline_rows', 'normalise', 'sentences',
            'refund_decision', 'score_airline', 'scenario', 'airline']
 
-# %% ../nbs/03_scenarios.ipynb #6184cb8e
+# %% ../nbs/03_scenarios.ipynb #67af1ff7
 import random, re, unicodedata
 from functools import lru_cache
 from .data import Task
 
-# %% ../nbs/03_scenarios.ipynb #df27af85
+# %% ../nbs/03_scenarios.ipynb #0c553d22
 def expand(text:str, # template with slots such as '{city}'
     grammar:dict, # slot -> list of fillers, which may hold slots themselves
     rng:random.Random, # where chance comes from
@@ -26,7 +26,7 @@ def expand(text:str, # template with slots such as '{city}'
         return said[slot]
     return re.sub(r'\{(\w+)\}', fill, text)
 
-# %% ../nbs/03_scenarios.ipynb #e07cd009
+# %% ../nbs/03_scenarios.ipynb #e0030581
 def deal(text:str # fillers in three blocks parted by '---' lines; within a block, one a line or parted by ' | '
     ) -> dict:
     "The fillers of one slot by split: {'train': [...], 'valid': [...], 'test': [...]}, none in two of them."
@@ -38,7 +38,7 @@ def deal(text:str # fillers in three blocks parted by '---' lines; within a bloc
     if twice: raise ValueError(f'filler given twice: {sorted(twice)[0]!r}')
     return dict(zip(('train', 'valid', 'test'), blocks))
 
-# %% ../nbs/03_scenarios.ipynb #08a5ad2c
+# %% ../nbs/03_scenarios.ipynb #a2bd2d8b
 def sample_rows(make, # make(rng, i) -> the i-th row, a dict with 'prompt'
     n:int, # how many rows
     seed:str # any text; the same text gives the same rows on every machine
@@ -52,7 +52,7 @@ def sample_rows(make, # make(rng, i) -> the i-th row, a dict with 'prompt'
         if misses > 1000: raise ValueError(f'only {len(rows)} distinct rows for {n} wanted: add templates or fillers')
     return rows
 
-# %% ../nbs/03_scenarios.ipynb #cc4d76fa
+# %% ../nbs/03_scenarios.ipynb #80d72895
 airline_grammar = {}
 airline_grammar['ours'] = deal('''
     an engine fault | an engine that would not start | an engine repair | a broken fuel pump on the plane
@@ -81,7 +81,7 @@ airline_grammar['ours'] = deal('''
     too few flight attendants | a dead battery in the aircraft | a jammed cabin door
     luggage loaded late by your workers | a broken radio in the cockpit | your staff forgetting the meals''')
 
-# %% ../nbs/03_scenarios.ipynb #b059d357
+# %% ../nbs/03_scenarios.ipynb #cd7fe129
 airline_grammar['weather'] = deal('''
     a snowstorm | heavy snow | a sudden snowfall | deep snow at the airport | thick fog | fog over the city
     poor visibility in the mist | strong winds | gale-force winds | a gale | crosswinds on the runway
@@ -117,7 +117,7 @@ airline_grammar['outside'] = deal('''
     a wildfire near the airport | a protest on the runway | an earthquake | a suspicious bag in the terminal
     a walkout of air traffic controllers | geese on the runway''')
 
-# %% ../nbs/03_scenarios.ipynb #6bc806e4
+# %% ../nbs/03_scenarios.ipynb #ad46c6d7
 airline_grammar['city'] = deal('''
     Madrid | Oslo | Rome | Paris | Dublin | Athens | Vienna | Boston | Lisbon | Cairo | Tokyo | Milan | Berlin
     Delhi | Miami | Geneva | Naples | Toronto | Sydney | Warsaw | Chicago | Dubai | Seville | Munich
@@ -139,7 +139,7 @@ airline_grammar['late'] = deal('''
     ---
     seven hours late | hours after the planned time | much too late''')
 
-# %% ../nbs/03_scenarios.ipynb #c20969fe
+# %% ../nbs/03_scenarios.ipynb #a9d1f886
 airline_grammar['name'] = deal('''
     Maria | Tom | Aisha | Paul | Ines | Kofi | Laura | Omar | Nina | Jack | Priya | Hugo | Elena | Sam | Ruth
     Viktor
@@ -167,7 +167,7 @@ airline_grammar['ask'] = deal('''
     Is a refund possible? | I think I should get my money back. | What are you going to do about it?
     Please get back to me.''')
 
-# %% ../nbs/03_scenarios.ipynb #700feb84
+# %% ../nbs/03_scenarios.ipynb #9932727f
 airline_grammar['prompt'] = deal('''
     My flight to {city} was {late} because of {reason}. {complaint} {ask}
     {complaint} Flight {flight} to {city} left {late} due to {reason}. {ask}
@@ -204,7 +204,7 @@ airline_grammar['prompt'] = deal('''
     You kept us waiting for the plane to {city} as a result of {reason}. {complaint} {ask} {name}
     Good evening. The announcement gave {reason} as the cause of the delay to {city}. {complaint} {ask}''')
 
-# %% ../nbs/03_scenarios.ipynb #c7c84557
+# %% ../nbs/03_scenarios.ipynb #20c16fb3
 airline_grammar['offer'] = deal('''
     You also get {standard}. | We also offer {standard}. | You receive {standard} too.
     We still give you {standard}.
@@ -236,7 +236,7 @@ airline_grammar['no_refund'] = deal('''
     ---
     It was due to {excuse}, so your ticket will not be refunded. | The cause was {excuse}, so we cannot refund your fare.''')
 
-# %% ../nbs/03_scenarios.ipynb #e2d5b791
+# %% ../nbs/03_scenarios.ipynb #ea7857b3
 def airline_rows(split:str, # 'train', 'valid' or 'test': which fillers
     n:int, # how many rows, as many of each cause
     seed:int=0, # another seed, other rows from the same fillers
@@ -256,7 +256,7 @@ def airline_rows(split:str, # 'train', 'valid' or 'test': which fillers
         return dict(prompt=cap(prompt), completion=cap(reply), cause=cause, reason=said['reason'])
     return sample_rows(make, n, f'airline/{split}/{seed}')
 
-# %% ../nbs/03_scenarios.ipynb #c9300695
+# %% ../nbs/03_scenarios.ipynb #c2d9b6ff
 @lru_cache(1024)
 def normalise(text:str # any text
     ) -> str:
@@ -270,7 +270,7 @@ def normalise(text:str # any text
         t = re.sub(rf'(\d)[\s-]*(?:{sign}|{word}s?)(?!\w)', rf'\1 {word}', t)
     return ' '.join(t.split())
 
-# %% ../nbs/03_scenarios.ipynb #643b893e
+# %% ../nbs/03_scenarios.ipynb #86ded737
 def _any(*patterns):
     "A compiled pattern that finds any of `patterns` as whole words."
     return re.compile(r'\b(?:' + '|'.join(patterns) + r')\b')
@@ -290,7 +290,7 @@ def sentences(text:str # a reply
     found = [[c.strip() for c in re.split(_cut, s) if c.strip(' .!?,')] for s in found]
     return [s for s in found if s]
 
-# %% ../nbs/03_scenarios.ipynb #24501834
+# %% ../nbs/03_scenarios.ipynb #0b15cee8
 _price = '(?:fare|money|ticket price|price of (?:your|the) ticket|amount)'
 _money = _any(r'refund\w*', r'non-?refund\w*', r'reimburs\w*', 'pay you back', r'money (?:\w+ ){0,3}back',
     rf'(?:return|give|giv|pay|credit)\w* (?:you )?(?:back )?(?:the |your )?(?:full )?{_price}',
@@ -310,7 +310,7 @@ _yes = _any('will', 'would', 'shall', 'are', 'is', 'am', 'have', 'has', 'gets?',
 _partial = _any('half', 'partial(?:ly)?', 'part of', 'some of', 'a portion')
 _outside = _any('weather', 'control', 'storm', 'snow', 'fog', 'not our', 'not caused by us')
 
-# %% ../nbs/03_scenarios.ipynb #d2d62e15
+# %% ../nbs/03_scenarios.ipynb #85a88eac
 def _clause_decision(sentence, i):
     "'yes', 'no', 'partial' or '' for clause `i` of a sentence (a list of clauses), if it speaks of the refund."
     clause = re.sub(r'(request|claim|application) for (?:a |the |your )?(?:full )?refund', r'refund \1', sentence[i])
@@ -328,14 +328,14 @@ def _clause_decision(sentence, i):
     if negated: return 'no'
     return 'partial' if _partial.search(clause) else 'yes' if _yes.search(clause) else ''
 
-# %% ../nbs/03_scenarios.ipynb #360fcfbd
+# %% ../nbs/03_scenarios.ipynb #2628cd09
 def refund_decision(reply:str # what the airline answers
     ) -> str:
     "'yes' (the ticket is refunded), 'no', 'both' (contradictory, or only part of the money) or '' (not said plainly)."
     found = {_clause_decision(s, i) for s in sentences(reply) for i in range(len(s))} - {''}
     return 'both' if 'partial' in found or len(found) > 1 else found.pop() if found else ''
 
-# %% ../nbs/03_scenarios.ipynb #2bce64a7
+# %% ../nbs/03_scenarios.ipynb #4e246ab2
 _blame_us = _any('our (?:own )?(?:fault|mistake|responsibility|error)', 'fault (?:is|was) ours',
     'we (?:are|were) (?:responsible|to blame)')
 _blame_others = _any("(?:outside|beyond) (?:of )?(?:our|anyone's) control",
@@ -347,7 +347,7 @@ def _blames(reply):
     return ({'ours'} if any(_blame_us.search(c) for c in said) else set()) | \
            ({'outside'} if any(_blame_others.search(c) for c in said) else set())
 
-# %% ../nbs/03_scenarios.ipynb #618252fe
+# %% ../nbs/03_scenarios.ipynb #9f940919
 _sorry = _any('sorry (?:for|about|that|to|you|we|this)', '(?:so|very|truly|really|deeply) sorry', r'apolog\w+',
     'we regret', 'i regret', '(?:understand|know|imagine|see) (?:how|your|that|what|this)', r'frustrat\w+',
     r'sympath\w+', 'must have been')
@@ -358,7 +358,7 @@ def _empathy(reply):
     t = re.sub(r"\b(?:not|never) (?:\w+ )?(?:sorry|apolog\w+|regret|understand)", ' ', normalise(reply))
     return 1. if _sorry.search(t) else .5 if _regret.search(t) else 0.
 
-# %% ../nbs/03_scenarios.ipynb #89a21e4f
+# %% ../nbs/03_scenarios.ipynb #64269086
 def _offer(reply):
     "How much of the standard is offered, 0 to 1: two thirds for the voucher of 15 euros, one for the free rebooking."
     voucher = rebook = 0.
@@ -370,7 +370,7 @@ def _offer(reply):
         if re.search(r're-?book|(?:seat|place|you) on (?:the|our) next', s): rebook = 1/3 if free else 1/6
     return voucher + rebook
 
-# %% ../nbs/03_scenarios.ipynb #b5844b26
+# %% ../nbs/03_scenarios.ipynb #4930de79
 _gifts = re.compile(r'\b(?:hotel|upgrade|miles|lounge|taxi|gift card|discount|cash|goodwill|free flight|bonus)')
 
 def _invented(reply, prompt):
@@ -380,14 +380,14 @@ def _invented(reply, prompt):
     gifts = set(_gifts.findall(re.sub(r'\b(?:no|not|cannot|without|never|nor)(?: \w+){0,5}', ' ', t)))
     return sum(x not in p for x in sums | gifts)
 
-# %% ../nbs/03_scenarios.ipynb #2db0e2f6
+# %% ../nbs/03_scenarios.ipynb #f81223c1
 def _form_cost(reply):
     "What rambling, repetition and a missing end cost, at most 0.35."
     words, said = len(reply.split()), [' '.join(s) for s in sentences(reply)]
     ends = reply.rstrip(' "\'*\n').endswith(('.', '!', '?', ')'))
     return min(max(words - 70, 0)*.005, .2) + .1*(len(set(said)) < len(said)) + .05*(not ends)
 
-# %% ../nbs/03_scenarios.ipynb #943dde0c
+# %% ../nbs/03_scenarios.ipynb #485dcb3d
 def _parrots(reply, prompt, n=4):
     "True if most runs of `n` words of the reply stand in the prompt."
     def runs(text):
@@ -396,7 +396,7 @@ def _parrots(reply, prompt, n=4):
     own, theirs = runs(reply), set(runs(prompt))
     return sum(r in theirs for r in own) > len(own)/2
 
-# %% ../nbs/03_scenarios.ipynb #95566c92
+# %% ../nbs/03_scenarios.ipynb #f417e01e
 def score_airline(row:dict, # a row of the task: 'prompt' and 'cause'
     reply:str # what the model answered
     ) -> float:
@@ -414,7 +414,7 @@ def score_airline(row:dict, # a row of the task: 'prompt' and 'cause'
     if _parrots(reply, row['prompt']): s = min(s, .15)
     return round(max(s, 0.), 4)
 
-# %% ../nbs/03_scenarios.ipynb #1955604d
+# %% ../nbs/03_scenarios.ipynb #929aa340
 scenarios = {}  # name -> function(seed=0) -> Task
 
 def scenario(f):
@@ -422,7 +422,7 @@ def scenario(f):
     scenarios[f.__name__] = f
     return f
 
-# %% ../nbs/03_scenarios.ipynb #48d339c2
+# %% ../nbs/03_scenarios.ipynb #2183f786
 @scenario
 def airline(seed:int=0 # another seed, other rows from the same grammar
     ) -> Task:
@@ -431,7 +431,7 @@ def airline(seed:int=0 # another seed, other rows from the same grammar
     shots = tuple(next(r for r in train if r['cause'] == cause) for cause in ('ours', 'weather'))
     return Task('airline', train, valid, test, score_airline, _airline_instruction, shots)
 
-# %% ../nbs/03_scenarios.ipynb #7cb3b0cf
+# %% ../nbs/03_scenarios.ipynb #a1073990
 _airline_instruction = (
     'You answer customers of an airline about delayed flights, in three short sentences. First say that you are sorry. '
     'Then say plainly whether the ticket is refunded: refund it only if the delay was our own fault, such as a technical '
