@@ -59,7 +59,7 @@ def test_ctrl_c_and_resume(folder, tuned):
     assert adapter(folder, 'halted') == adapter(folder, 'whole')
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
+def refused(folder, monkeypatch, capsys):
     "A function that runs words which must be refused, and returns the one line."
     monkeypatch.chdir(folder)
     def f(*words):
