@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['STEPS', 'BATCH', 'main']
 
-# %% ../nbs/90_cli.ipynb #28a78658
+# %% ../nbs/90_cli.ipynb #7a64c4e8
 import argparse, inspect, json, sys
 from pathlib import Path
 
-# %% ../nbs/90_cli.ipynb #c2b7f2fe
+# %% ../nbs/90_cli.ipynb #b21c2b6e
 def _words(text):
     "One target, or several parted by commas."
     return text.split(',') if ',' in text else text
@@ -19,7 +19,7 @@ def _kind(p):
     if p.name == 'targets': return _words
     return type(p.default) if p.default is not None else str
 
-# %% ../nbs/90_cli.ipynb #4dd74064
+# %% ../nbs/90_cli.ipynb #cce375ca
 def _add_options(parser, cls):
     "Give `parser` an option for each argument of a method's class."
     from fastcore.docments import docments
@@ -29,7 +29,7 @@ def _add_options(parser, cls):
         if isinstance(p.default, bool): parser.add_argument(flag, action='store_true', help=about)
         else: parser.add_argument(flag, type=_kind(p), default=p.default, metavar=p.name.upper(), help=about)
 
-# %% ../nbs/90_cli.ipynb #de779e70
+# %% ../nbs/90_cli.ipynb #317315fe
 def _task(args):
     "The scenario or the user's own rows."
     from peftbook.data import Task
@@ -38,7 +38,7 @@ def _task(args):
     if args.task not in scenarios: raise ValueError(f"there is no task {args.task!r}; there are {', '.join(scenarios)}, or --data with rows of your own")
     return scenarios[args.task]()
 
-# %% ../nbs/90_cli.ipynb #9716408d
+# %% ../nbs/90_cli.ipynb #c4657e72
 def _answers(title, model, tok, task):
     "Print how the model answers the first test request, and return what it scores."
     from peftbook.data import messages_of
@@ -53,7 +53,7 @@ def _answers(title, model, tok, task):
     print(f"  on {min(48, len(task.test))} test rows: loss {res['loss']:.3f}{score}", flush=True)
     return res
 
-# %% ../nbs/90_cli.ipynb #13f3f290
+# %% ../nbs/90_cli.ipynb #47360baf
 def _tune(args):
     import torch
     from peftbook.core import methods, write_atomic
@@ -74,7 +74,7 @@ def _tune(args):
     write_atomic(Path(out)/'scores.json', json.dumps(dict(before=before, after=after), indent=2).encode())
     print(f"\nthe adapter lies in {out}/ ({c['bytes']/1e6:.2f} MB). Ask it something:\n  peftbook generate --adapter {out} \"My flight was late because of snow.\"")
 
-# %% ../nbs/90_cli.ipynb #43c2fd98
+# %% ../nbs/90_cli.ipynb #97083de1
 def _generate(args):
     import peftbook.lora # each method registers itself on import
     from peftbook.core import Tuner, adapter_info
@@ -87,12 +87,14 @@ def _generate(args):
         tuned = generate(model, tok, [prompt], args.max_new_tokens)[0]
         print(f'request: {prompt}\n  base:  {base}\n  tuned: {tuned}\n')
 
+def _about(cls): return (cls.__doc__ or 'a method of your own').strip().splitlines()[0]
+
 def _methods(args):
     from peftbook.core import methods
     for name, cls in methods.items():
-        print(f'{name:16} {(cls.__doc__ or "").strip().splitlines()[0]}\n{"":16} lr {cls.lr:g}, ' + ', '.join(f'{k} {p.default}' for k, p in inspect.signature(cls).parameters.items()))
+        print(f'{name:16} {_about(cls)}\n{"":16} lr {cls.lr:g}, ' + ', '.join(f'{k} {p.default}' for k, p in inspect.signature(cls).parameters.items()))
 
-# %% ../nbs/90_cli.ipynb #406cfc39
+# %% ../nbs/90_cli.ipynb #49893d9a
 def _positive(text):
     "A whole number from 1."
     if not text.isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f'{text!r} is no whole number from 1')
@@ -105,7 +107,7 @@ def _rate(text):
     if not 0 < x < float('inf'): raise argparse.ArgumentTypeError(f'{text!r} is no number above 0')
     return x
 
-# %% ../nbs/90_cli.ipynb #ef88fcaa
+# %% ../nbs/90_cli.ipynb #f4b32564
 def _parser():
     import peftbook.lora # each method registers itself on import
     from peftbook.core import methods
@@ -122,12 +124,12 @@ def _parser():
     sub.add_parser('methods', help='list the methods and their options').set_defaults(run=_methods)
     return top
 
-# %% ../nbs/90_cli.ipynb #a750c94d
+# %% ../nbs/90_cli.ipynb #72b9bb2d
 def _tune_parser(p, methods):
     "The options of `tune`: one sub-command a method, those of the method and those that all share."
     sub = p.add_subparsers(dest='method', required=True, metavar=' | '.join(methods))
     for name, cls in methods.items():
-        m = sub.add_parser(name, help=cls.__doc__.splitlines()[0], description=cls.__doc__)
+        m = sub.add_parser(name, help=_about(cls), description=_about(cls))
         what = m.add_mutually_exclusive_group(required=True)
         what.add_argument('--task', help='one of the book\'s scenarios, such as airline')
         what.add_argument('--data', metavar='ROWS.jsonl', help='your own rows: {"prompt": ..., "completion": ...} or {"messages": [...]}, one a line')
@@ -141,7 +143,7 @@ def _tune_parser(p, methods):
         _add_options(m.add_argument_group(f'options of {name}'), cls)
         m.set_defaults(run=_tune)
 
-# %% ../nbs/90_cli.ipynb #a7d5c805
+# %% ../nbs/90_cli.ipynb #ebe14c4e
 STEPS, BATCH = 120, 4 # small batches and more of them: the best score in the four minutes that two cores take
 
 def main(
