@@ -5,18 +5,25 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/91_all.ipynb #f21b3e2e
+# %% ../nbs/91_all.ipynb #dddb8d29
 import sys
 
-# %% ../nbs/91_all.ipynb #2c21be3e
+# %% ../nbs/91_all.ipynb #326755d0
 from .models import *
 from .core import *
 from .data import *
 from .scenarios import *
 from .speed import *
 from .training import *
+from .evaluation import *
+from .full import *
+from .soft_prompting import *
+from .prompt_tuning import *
+from .prefix_tuning import *
+from .adapters import *
 from .lora import *
 
-# %% ../nbs/91_all.ipynb #138c80b2
-_modules = 'models core data scenarios speed training lora'.split()
+# %% ../nbs/91_all.ipynb #71aad1c3
+_modules = ('models core data scenarios speed training evaluation full soft_prompting prompt_tuning prefix_tuning '
+            'adapters lora').split()
 __all__ = [name for m in _modules for name in sys.modules[f'peftbook.{m}'].__all__]

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['STEPS', 'BATCH', 'main']
 
-# %% ../nbs/90_cli.ipynb #7a64c4e8
+# %% ../nbs/90_cli.ipynb #4defae25
 import argparse, inspect, json, sys
 from pathlib import Path
 
-# %% ../nbs/90_cli.ipynb #b21c2b6e
+# %% ../nbs/90_cli.ipynb #398a51df
 def _words(text):
     "One target, or several parted by commas."
     return text.split(',') if ',' in text else text
@@ -17,19 +17,20 @@ def _words(text):
 def _kind(p):
     "How the shell's words become the argument `p`."
     if p.name == 'targets': return _words
-    return type(p.default) if p.default is not None else str
+    return p.annotation if p.annotation in (int, float) else str
 
-# %% ../nbs/90_cli.ipynb #cce375ca
+# %% ../nbs/90_cli.ipynb #7ca204b7
 def _add_options(parser, cls):
     "Give `parser` an option for each argument of a method's class."
     from fastcore.docments import docments
     docs = docments(cls.__init__)
     for p in inspect.signature(cls).parameters.values():
-        flag, about = '--' + p.name.replace('_', '-'), (docs.get(p.name) or '') + ' (default: %(default)s)'
+        if p.annotation is list or p.name == 'seed': continue # rows, which only a task can give; the seed is the run's
+        flag, about = '--' + p.name.replace('_', '-'), (docs.get(p.name) or '') + ('' if p.default is None else ' (default: %(default)s)')
         if isinstance(p.default, bool): parser.add_argument(flag, action='store_true', help=about)
         else: parser.add_argument(flag, type=_kind(p), default=p.default, metavar=p.name.upper(), help=about)
 
-# %% ../nbs/90_cli.ipynb #317315fe
+# %% ../nbs/90_cli.ipynb #0937fa1c
 def _task(args):
     "The scenario or the user's own rows."
     from peftbook.data import Task
@@ -38,7 +39,7 @@ def _task(args):
     if args.task not in scenarios: raise ValueError(f"there is no task {args.task!r}; there are {', '.join(scenarios)}, or --data with rows of your own")
     return scenarios[args.task]()
 
-# %% ../nbs/90_cli.ipynb #c4657e72
+# %% ../nbs/90_cli.ipynb #a18b92df
 def _answers(title, model, tok, task):
     "Print how the model answers the first test request, and return what it scores."
     from peftbook.data import messages_of
@@ -53,30 +54,36 @@ def _answers(title, model, tok, task):
     print(f"  on {min(48, len(task.test))} test rows: loss {res['loss']:.3f}{score}", flush=True)
     return res
 
-# %% ../nbs/90_cli.ipynb #47360baf
+# %% ../nbs/90_cli.ipynb #957a2dae
 def _tune(args):
     import torch
     from peftbook.core import methods, write_atomic
     from peftbook.models import load_model
-    from peftbook.training import _find_run, fit
-    cls = methods[args.method]
-    tuner = cls(**{k: getattr(args, k) for k in inspect.signature(cls).parameters})
-    task, out = _task(args), args.out or (args.task or Path(args.data).stem)
-    _find_run(Path(out), args.resume) # all that can be refused is refused before a model is loaded
+    from peftbook.training import find_run, fit
+    cls, task, out = methods[args.method], _task(args), args.out or (args.task or Path(args.data).stem)
+    tuner = cls(**{k: getattr(args, k) for k in inspect.signature(cls).parameters if hasattr(args, k)}).for_task(task)
+    find_run(Path(out), args.resume) # all that can be refused is refused before a model is loaded
     model, tok = load_model(args.model)
     torch.manual_seed(args.seed)
     tuner.attach(model)
     with tuner.disabled(): before = _answers('before', model, tok, task)
     c = tuner.cost()
-    print(f"\n{tuner!r}: {c['trained']:,} numbers train, {c['share']:.2%} of {c['base']:,}", flush=True)
-    fit(tuner, tok, task, steps=args.steps, lr=args.lr, batch_size=args.batch_size, seed=args.seed, out=out, resume=args.resume)
+    print(f"\n{args.method}: {c['trained']:,} numbers train, {c['share']:.2%} of {c['base']:,}; the file will hold {c['bytes']/1e6:.2f} MB", flush=True)
+    if tuner.params: fit(tuner, tok, task, steps=args.steps, lr=args.lr, batch_size=args.batch_size, seed=args.seed, out=out, resume=args.resume)
+    else: tuner.save(out) # words alone
     after = _answers('after', model, tok, task)
     write_atomic(Path(out)/'scores.json', json.dumps(dict(before=before, after=after), indent=2).encode())
     print(f"\nthe adapter lies in {out}/ ({c['bytes']/1e6:.2f} MB). Ask it something:\n  peftbook generate --adapter {out} \"My flight was late because of snow.\"")
 
-# %% ../nbs/90_cli.ipynb #97083de1
+# %% ../nbs/90_cli.ipynb #1555f6d1
+def _registry():
+    "The book's methods; each registers itself on import."
+    from peftbook import adapters, full, lora, prefix_tuning, prompt_tuning, soft_prompting
+    from peftbook.core import methods
+    return methods
+
 def _generate(args):
-    import peftbook.lora # each method registers itself on import
+    _registry()
     from peftbook.core import Tuner, adapter_info
     from peftbook.models import generate, load_model
     info = adapter_info(args.adapter)
@@ -90,11 +97,10 @@ def _generate(args):
 def _about(cls): return (cls.__doc__ or 'a method of your own').strip().splitlines()[0]
 
 def _methods(args):
-    from peftbook.core import methods
-    for name, cls in methods.items():
+    for name, cls in _registry().items():
         print(f'{name:16} {_about(cls)}\n{"":16} lr {cls.lr:g}, ' + ', '.join(f'{k} {p.default}' for k, p in inspect.signature(cls).parameters.items()))
 
-# %% ../nbs/90_cli.ipynb #49893d9a
+# %% ../nbs/90_cli.ipynb #ac651a08
 def _positive(text):
     "A whole number from 1."
     if not text.isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f'{text!r} is no whole number from 1')
@@ -107,13 +113,11 @@ def _rate(text):
     if not 0 < x < float('inf'): raise argparse.ArgumentTypeError(f'{text!r} is no number above 0')
     return x
 
-# %% ../nbs/90_cli.ipynb #f4b32564
+# %% ../nbs/90_cli.ipynb #a875f2aa
 def _parser():
-    import peftbook.lora # each method registers itself on import
-    from peftbook.core import methods
     top = argparse.ArgumentParser('peftbook', description='Fine-tune language models with few parameters.')
     sub = top.add_subparsers(dest='command', required=True, metavar='tune | generate | methods')
-    _tune_parser(sub.add_parser('tune', help='train an adapter on a task'), methods)
+    _tune_parser(sub.add_parser('tune', help='train an adapter on a task'), _registry())
     gen = sub.add_parser('generate', help='answer requests with the base and with an adapter, side by side')
     gen.add_argument('prompt', nargs='+', metavar='REQUEST', help='what the user says; several may be given')
     gen.add_argument('--adapter', required=True, metavar='DIR', help='a folder that tune wrote')
@@ -124,7 +128,7 @@ def _parser():
     sub.add_parser('methods', help='list the methods and their options').set_defaults(run=_methods)
     return top
 
-# %% ../nbs/90_cli.ipynb #72b9bb2d
+# %% ../nbs/90_cli.ipynb #aa845858
 def _tune_parser(p, methods):
     "The options of `tune`: one sub-command a method, those of the method and those that all share."
     sub = p.add_subparsers(dest='method', required=True, metavar=' | '.join(methods))
@@ -143,7 +147,7 @@ def _tune_parser(p, methods):
         _add_options(m.add_argument_group(f'options of {name}'), cls)
         m.set_defaults(run=_tune)
 
-# %% ../nbs/90_cli.ipynb #ebe14c4e
+# %% ../nbs/90_cli.ipynb #06a241ee
 STEPS, BATCH = 120, 4 # small batches and more of them: the best score in the four minutes that two cores take
 
 def main(

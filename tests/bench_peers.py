@@ -18,32 +18,56 @@ def batch(vocab):
     labels[:, :-SUPERVISED] = -100
     return dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
 
-# --- the sides: a function that makes the model ready and returns (params by our names, function that gives the mean loss)
+# --- the sides: a function of the model that makes it ready and returns (params by our names, function that gives the mean loss,
+# --- how a tensor of this side is seen in our shape)
 
-def lora_ours(model, start):
+def ours(make):
+    "Our side of a method."
+    def ready(model):
+        from peftbook.speed import supervised_loss
+        tuner, data = make().attach(model), batch(model.config.vocab_size)
+        def loss():
+            total, n = supervised_loss(model, data)
+            return total/n
+        return tuner.params, loss, lambda t: t
+    return ready
+
+def peer(make, name, view=lambda model, t: t):
+    "PEFT's side: its configuration, our name for its tensor, and our shape of it."
+    def ready(model):
+        import peft
+        m, data = peft.get_peft_model(model, make(peft)), batch(model.config.vocab_size)
+        params = {name(n): p for n, p in m.named_parameters() if p.requires_grad}
+        return params, lambda: m(**data, use_cache=False).loss, lambda t: view(model, t)
+    return ready
+
+def lora():
     from peftbook.lora import LoRA
-    from peftbook.speed import supervised_loss
-    tuner = LoRA(r=4, alpha=8, targets='qv').attach(model)
-    params = tuner.params
-    copy(params, start)
-    data = batch(model.config.vocab_size)
-    def loss():
-        total, n = supervised_loss(model, data)
-        return total/n
-    return params, loss
+    return LoRA(r=4, alpha=8, targets='qv')
 
-def lora_peer(model, start):
-    import peft
-    m = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=['q_proj', 'v_proj'], lora_dropout=0.))
-    def ours(n): return n.removeprefix('base_model.model.').replace('.lora_A.default.weight', '.lora.A').replace('.lora_B.default.weight', '.lora.B')
-    params = {ours(n): p for n, p in m.named_parameters() if p.requires_grad}
-    copy(params, start)
-    data = batch(model.config.vocab_size)
-    return params, lambda: m(**data, use_cache=False).loss
+def prompt(n):
+    from peftbook.prompt_tuning import PromptTuning
+    return PromptTuning(n)
 
-sides = dict(lora=(lora_ours, lora_peer))
+def prefix(n):
+    from peftbook.prefix_tuning import PrefixTuning
+    return PrefixTuning(n, init='vocab')
 
-def copy(params, start):
+def layers_first(model, t):
+    "PEFT's rows are places, with layers, keys and values, heads and widths side by side."
+    c = model.config
+    return t.view(len(t), c.num_hidden_layers, 2, c.num_key_value_heads, -1).permute(1, 2, 3, 0, 4)
+
+def lora_name(n): return n.removeprefix('base_model.model.').replace('.lora_A.default.weight', '.lora.A').replace('.lora_B.default.weight', '.lora.B')
+def prompt_peer(n): return peer(lambda peft: peft.PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=n), lambda name: 'prompt')
+
+sides = dict(
+    lora=(ours(lora), peer(lambda peft: peft.LoraConfig(r=4, lora_alpha=8, target_modules=['q_proj', 'v_proj'], lora_dropout=0.), lora_name)),
+    prompt=(ours(lambda: prompt(20)), prompt_peer(20)),
+    prompt100=(ours(lambda: prompt(100)), prompt_peer(100)),
+    prefix=(ours(lambda: prefix(20)), peer(lambda peft: peft.PrefixTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=20), lambda name: 'prefix', layers_first)))
+
+def copy(params, view, start):
     "The same start on both sides, off zero so that every gradient is there."
     import torch
     from safetensors.torch import load_file, save_file
@@ -53,7 +77,7 @@ def copy(params, start):
     have = load_file(start)
     assert have.keys() == params.keys(), sorted(have.keys() ^ params.keys())[:4]
     with torch.no_grad():
-        for n, p in params.items(): p.copy_(have[n])
+        for n, p in params.items(): view(p).copy_(have[n])
 
 # --- one side, as a process that takes a step whenever it reads a line
 
@@ -63,7 +87,8 @@ def side(method, which, dtype, folder):
     from peftbook.models import load_model
     model = load_model(dtype=dict(bf16=torch.bfloat16, fp32=torch.float32)[dtype])[0].train()
     own = peak()
-    params, loss_fn = sides[method][which](model, folder/'start.safetensors')
+    params, loss_fn, view = sides[method][which](model)
+    copy(params, view, folder/'start.safetensors')
     opt = torch.optim.AdamW(params.values(), lr=1e-3, weight_decay=0.)
     say = lambda **kw: print('>' + json.dumps(kw), flush=True)
     say(ready=True)
@@ -71,7 +96,7 @@ def side(method, which, dtype, folder):
         t = time.perf_counter()
         loss = loss_fn()
         loss.backward()
-        if n == 0: save_file({k: p.grad.contiguous() for k, p in params.items()}, folder/f'grads{which}.safetensors')
+        if n == 0: save_file({k: view(p.grad).contiguous() for k, p in params.items()}, folder/f'grads{which}.safetensors')
         opt.step()
         opt.zero_grad()
         say(seconds=time.perf_counter() - t, loss=loss.item(), mb=peak() - own)
@@ -110,7 +135,7 @@ def agree(folder, first, dtype):
     "The gap of the losses and the cosine of the gradients; exits unless both agree within the precision."
     import torch
     from safetensors.torch import load_file
-    a, b = (torch.cat([t.flatten().float() for _, t in sorted(load_file(folder/f'grads{i}.safetensors').items())]) for i in (0, 1))
+    a, b = (torch.cat([t.flatten().double() for _, t in sorted(load_file(folder/f'grads{i}.safetensors').items())]) for i in (0, 1))
     gap, cos = abs(first[0]['loss'] - first[1]['loss']), torch.cosine_similarity(a, b, 0).item()
     if gap > dict(bf16=.05, fp32=1e-4)[dtype] or cos < dict(bf16=.99, fp32=.99999)[dtype]: sys.exit(f'the sides differ: losses {first[0]["loss"]}, {first[1]["loss"]}, cosine of the gradients {cos}')
     return gap, cos

@@ -1,5 +1,5 @@
 "Models: where weights come from, tiny models, templates, generation. No network, no real model."
-import contextlib, errno, functools, hashlib, http.server, json, os, signal, subprocess, sys, textwrap, threading, time, zipfile
+import contextlib, errno, functools, hashlib, http.server, json, os, signal, socket, subprocess, sys, textwrap, threading, time, zipfile
 from pathlib import Path
 import pytest, torch
 from peftbook import models as M
@@ -118,11 +118,20 @@ def test_a_model_without_safetensors_is_refused(sources, tmp_path):
     with pytest.raises(ValueError, match='no weights as safetensors'): load_model('some/model')
 
 def test_a_dead_hub_costs_no_long_retries(monkeypatch):
-    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
-    code = ("import time; from peftbook import models as M; import transformers, huggingface_hub; t = time.time()\n"
-            "try: M._find('some/model')\nexcept OSError as e: print(time.time() - t, e)")
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
-    assert float(out.split()[0]) < 8 and "the Hub can't be reached" in out
+    "A host that hangs up at once is asked a few times, not for minutes."
+    asked = []
+    with socket.create_server(('127.0.0.1', 0)) as hub:
+        def hang_up():
+            while True:
+                try: c, _ = hub.accept()
+                except OSError: return               # the test is over
+                asked.append(1); c.close()
+        threading.Thread(target=hang_up, daemon=True).start()
+        monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{hub.getsockname()[1]}')
+        code = "from peftbook import models as M\ntry: M._find('some/model')\nexcept OSError as e: print(e)"
+        out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+        hub.shutdown(socket.SHUT_RDWR)
+    assert "the Hub can't be reached" in out and 1 <= len(asked) <= 8
 
 def test_damaged_and_incomplete_folders(tmp_path):
     from safetensors.torch import load_file, save_file

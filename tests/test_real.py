@@ -1,16 +1,21 @@
 "One real training on the real model per method: few steps, for the gate; the chapters show the whole ones."
 import pytest
 
+from peftbook.adapters import Adapters
 from peftbook.core import Tuner
+from peftbook.full import Full
 from peftbook.lora import LoRA
 from peftbook.models import generate, load_model
+from peftbook.prefix_tuning import PrefixTuning
+from peftbook.prompt_tuning import PromptTuning
 from peftbook.scenarios import scenarios
+from peftbook.soft_prompting import SoftPrompting
 from peftbook.training import evaluate, fit
 
 @pytest.fixture(scope='module')
 def real(): return load_model()
 
-@pytest.mark.parametrize('tuner', [LoRA()], ids=lambda t: t.name)
+@pytest.mark.parametrize('tuner', [Full(), PromptTuning(), PrefixTuning(), Adapters(), LoRA()], ids=lambda t: t.name)
 def test_learns_the_airline_task(real, tuner, tmp_path):
     import torch
     model, tok = real
@@ -27,6 +32,23 @@ def test_learns_the_airline_task(real, tuner, tmp_path):
     assert evaluate(model, tok, task, n=32)['loss'] == before
     back = Tuner.load(tmp_path/'a', model)
     assert generate(model, tok, [task.test[0]['prompt']]) == reply
+    back.detach()
+
+def test_words_reuse_the_computed_prefix(real, tmp_path):
+    "Soft prompting on the real model: same replies with the prefix computed once as with the words sent each time, and after loading."
+    model, tok = real
+    task = scenarios['airline']()
+    asked = [r['prompt'] for r in task.test[:3]]
+    t = SoftPrompting().for_task(task).attach(model)
+    replies = generate(model, tok, asked, max_new_tokens=16)
+    assert t._edits[0].kept is not None
+    t.save(tmp_path/'a')
+    t._edits[0].undo(model)
+    assert generate(model, tok, asked, max_new_tokens=16) == replies
+    t._edits[0].apply(model)
+    t.detach()
+    back = Tuner.load(tmp_path/'a', model)
+    assert generate(model, tok, asked, max_new_tokens=16) == replies
     back.detach()
 
 def test_adapter_of_smollm2_is_its_numbers(real, tmp_path):
