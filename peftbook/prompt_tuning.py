@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['general_text', 'words_for', 'check_init', 'PromptTuning']
 
-# %% ../nbs/12_prompt_tuning.ipynb #e06077da
+# %% ../nbs/12_prompt_tuning.ipynb #26d25b7a
 import torch
 from torch import nn
 from fastcore.basics import patch
@@ -13,7 +13,7 @@ from .models import *
 from .core import *
 from .soft_prompting import *
 
-# %% ../nbs/12_prompt_tuning.ipynb #4a366d93
+# %% ../nbs/12_prompt_tuning.ipynb #a1a8a1ef
 general_text = 'You answer requests as the examples do: kindly, briefly, and true to the rules that they follow.'
 
 def words_for(
@@ -33,14 +33,14 @@ def words_for(
     common = torch.tensor([i for i in range(min(len(tok), 5000 + len(special))) if i not in special]) # the merges learned first
     return common[torch.randint(len(common), (n,))]
 
-# %% ../nbs/12_prompt_tuning.ipynb #55aa0205
+# %% ../nbs/12_prompt_tuning.ipynb #34922c86
 def check_init(init, text):
     "ValueError unless `init` is a way to start, and has its text."
     if init not in ('vocab', 'text', 'random'): raise ValueError(f"init={init!r}: say 'vocab', 'text' or 'random'")
     if text is not None and init != 'text': raise ValueError(f"text is not read with init={init!r}: say init='text', or leave it out")
     if text is not None and not text.strip(): raise ValueError('text is empty: give words to start from, or leave it out')
 
-# %% ../nbs/12_prompt_tuning.ipynb #4259ce48
+# %% ../nbs/12_prompt_tuning.ipynb #86841344
 class PromptTuning(Tuner):
     "Trainable vectors in front of the input (Lester et al. 2021, arXiv:2104.08691, section 2)."
     lr = 3e-2
@@ -54,7 +54,7 @@ class PromptTuning(Tuner):
         check_init(init, text)
         self.n_tokens, self.init, self.text = n_tokens, init, text
 
-# %% ../nbs/12_prompt_tuning.ipynb #9676d0f9
+# %% ../nbs/12_prompt_tuning.ipynb #8be47e4b
 @patch
 def edits(self:PromptTuning, model):
     check_front(model, self.n_tokens)
@@ -62,11 +62,11 @@ def edits(self:PromptTuning, model):
     prompt = nn.Parameter(torch.zeros(self.n_tokens, w.shape[1], device=w.device))
     yield Front(self.n_tokens, lambda model: keys_values(model, prompt[None]), dict(prompt=prompt))
 
-# %% ../nbs/12_prompt_tuning.ipynb #759c7009
+# %% ../nbs/12_prompt_tuning.ipynb #cdf77e6d
 @patch
 @torch.no_grad()
 def start(self:PromptTuning, model):
     "The vectors of words, or noise of the dictionary's own spread."
     emb, prompt = model.get_input_embeddings(), self.tensors['prompt']
-    if self.init == 'random': prompt.normal_(std=emb.weight.float().std().item())
+    if self.init == 'random': prompt.normal_(std=emb(torch.arange(min(5000, len(emb.weight)), device=prompt.device)).float().std().item())
     else: prompt.copy_(emb(words_for(model, self.n_tokens, self.init, self.text).to(prompt.device)))

@@ -22,14 +22,14 @@ def test_learns_the_airline_task(real, tuner, tmp_path):
     task = scenarios['airline']()
     task.score = None # the loss tells in a few steps what the score tells in many
     torch.manual_seed(0)
-    before = evaluate(model, tok, task, n=32)['loss']
+    before = evaluate(model, tok, task, n=16)['loss']
     tuner.attach(model)
-    fit(tuner, tok, task, steps=20, batch_size=4, out=tmp_path/'a')
-    after = evaluate(model, tok, task, n=32)['loss']
+    fit(tuner, tok, task, steps=16, batch_size=4, out=tmp_path/'a')
+    after = evaluate(model, tok, task, n=16)['loss']
     assert after < before/2
     reply = generate(model, tok, [task.test[0]['prompt']])
     tuner.detach()
-    assert evaluate(model, tok, task, n=32)['loss'] == before
+    assert evaluate(model, tok, task, n=16)['loss'] == before
     back = Tuner.load(tmp_path/'a', model)
     assert generate(model, tok, [task.test[0]['prompt']]) == reply
     back.detach()
