@@ -92,7 +92,8 @@ def test_all_gives_every_public_name():
 
 @each_module
 def test_a_chapter_is_named_after_its_module(module):
-    assert page_name(modules[module]) == module.lstrip('_') and (lib/f'{module}.py').exists()
+    page = {'full_finetuning': 'full'} # the design's one exception
+    assert page.get(name := page_name(modules[module]), name) == module.lstrip('_') and (lib/f'{module}.py').exists()
 
 def test_no_module_without_a_chapter():
     assert {p.stem for p in lib.glob('*.py')} - {'__init__', '_modidx'} == set(modules)
