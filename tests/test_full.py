@@ -368,3 +368,21 @@ def test_generates_with_the_trained_weights(task):
     fit(t, tok, task, steps=20, lr=3e-3)
     tuned = generate(model, tok, ['1 plus 1'], 6)
     with t.disabled(): assert generate(model, tok, ['1 plus 1'], 6) == start != tuned
+
+def test_full_disk_while_writing_is_an_oserror(tmp_path):
+    "The library's own error says in words what the system said: it becomes an OSError with the path, and nothing is left."
+    code = f"""
+import resource, torch
+from peftbook.core import save_tensors
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try: save_tensors({str(tmp_path/'a'/'w.safetensors')!r}, dict(w=torch.zeros(100_000)))
+except OSError as e: print(e)
+"""
+    said = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True).stdout
+    assert said.startswith('[Errno 27] File too large; nothing was written') and 'w.safetensors' in said and os.listdir(tmp_path/'a') == []
+
+def test_what_a_killed_writer_left_goes(model, task, tmp_path):
+    (tmp_path/'.checkpoint.safetensors.x1').mkdir()
+    (tmp_path/'.checkpoint.safetensors.x1'/'.tmp').write_bytes(b'half')
+    fit(Full().attach(model), tiny_model('llama')[1], task, steps=2, out=tmp_path, resume=True)
+    assert sorted(os.listdir(tmp_path)) == ['adapter_model.safetensors', 'history.json', 'tuner.json']

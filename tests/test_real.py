@@ -15,16 +15,18 @@ from peftbook.training import evaluate, fit
 @pytest.fixture(scope='module')
 def real(): return load_model()
 
-@pytest.mark.parametrize('tuner', [Full(), PromptTuning(), PrefixTuning(), Adapters(), LoRA()], ids=lambda t: t.name)
-def test_learns_the_airline_task(real, tuner, tmp_path):
+trials = {Full: 16, PromptTuning: 32, PrefixTuning: 16, Adapters: 16, LoRA: 16} # steps: vectors in front learn more slowly
+
+@pytest.mark.parametrize('method,steps', trials.items(), ids=lambda o: getattr(o, '__name__', ''))
+def test_learns_the_airline_task(real, method, steps, tmp_path):
     import torch
-    model, tok = real
+    tuner, (model, tok) = method(), real
     task = scenarios['airline']()
     task.score = None # the loss tells in a few steps what the score tells in many
     torch.manual_seed(0)
     before = evaluate(model, tok, task, n=16)['loss']
     tuner.attach(model)
-    fit(tuner, tok, task, steps=16, batch_size=4, out=tmp_path/'a')
+    fit(tuner, tok, task, steps=steps, batch_size=4, out=tmp_path/'a')
     after = evaluate(model, tok, task, n=16)['loss']
     assert after < before/2
     reply = generate(model, tok, [task.test[0]['prompt']])
