@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['general_text', 'words_for', 'check_init', 'PromptTuning']
 
-# %% ../nbs/12_prompt_tuning.ipynb #1b372ac5
+# %% ../nbs/12_prompt_tuning.ipynb #5b801f41
 import torch
 from torch import nn
 from fastcore.basics import patch
@@ -13,7 +13,7 @@ from .models import *
 from .core import *
 from .soft_prompting import *
 
-# %% ../nbs/12_prompt_tuning.ipynb #efc9c3c6
+# %% ../nbs/12_prompt_tuning.ipynb #058288a9
 general_text = 'You answer requests as the examples do: kindly, briefly, and true to the rules that they follow.'
 
 def words_for(
@@ -34,14 +34,14 @@ def words_for(
     common = torch.tensor([i for i in range(min(len(tok), 5000 + len(special))) if i not in special]) # the merges learned first
     return common[torch.randint(len(common), (n,))]
 
-# %% ../nbs/12_prompt_tuning.ipynb #80e554fe
+# %% ../nbs/12_prompt_tuning.ipynb #06dd8d85
 def check_init(init, text):
     "ValueError unless `init` is a way to start, and has its text."
     if init not in ('vocab', 'text', 'random'): raise ValueError(f"init={init!r}: say 'vocab', 'text' or 'random'")
     if text is not None and init != 'text': raise ValueError(f"text is not read with init={init!r}: say init='text', or leave it out")
     if text is not None and not text.strip(): raise ValueError('text is empty: give words to start from, or leave it out')
 
-# %% ../nbs/12_prompt_tuning.ipynb #b7dd974f
+# %% ../nbs/12_prompt_tuning.ipynb #45fce9c5
 class PromptTuning(Tuner):
     "Trainable vectors in front of the input (Lester et al. 2021, arXiv:2104.08691, section 2)."
     lr = 3e-2
@@ -55,7 +55,7 @@ class PromptTuning(Tuner):
         check_init(init, text)
         self.n_tokens, self.init, self.text = n_tokens, init, text
 
-# %% ../nbs/12_prompt_tuning.ipynb #b85aecf8
+# %% ../nbs/12_prompt_tuning.ipynb #64017de3
 @patch
 def edits(self:PromptTuning, model):
     check_front(model, self.n_tokens)
@@ -63,7 +63,7 @@ def edits(self:PromptTuning, model):
     prompt = nn.Parameter(torch.zeros(self.n_tokens, w.shape[1], device=w.device))
     yield Front(self.n_tokens, lambda model: keys_values(model, prompt[None]), dict(prompt=prompt))
 
-# %% ../nbs/12_prompt_tuning.ipynb #78490250
+# %% ../nbs/12_prompt_tuning.ipynb #8214b65f
 @patch
 @torch.no_grad()
 def start(self:PromptTuning, model):

@@ -26,7 +26,8 @@ def test_learns_the_airline_task(real, method, steps, tmp_path):
     torch.manual_seed(0)
     before = evaluate(model, tok, task, n=16)['loss']
     tuner.attach(model)
-    fit(tuner, tok, task, steps=steps, batch_size=4, out=tmp_path/'a')
+    fit(tuner, tok, task, steps=steps, batch_size=4)
+    tuner.save(tmp_path/'a')
     after = evaluate(model, tok, task, n=16)['loss']
     assert after < before/2
     reply = generate(model, tok, [task.test[0]['prompt']])
