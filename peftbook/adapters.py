@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Bottleneck', 'AdapterAfter', 'AdapterBeside', 'DecoderBlock', 'find_blocks', 'Adapters']
 
-# %% ../nbs/20_adapters.ipynb #05d3277d
+# %% ../nbs/20_adapters.ipynb #183de7a0
 from dataclasses import dataclass
 from itertools import chain
 
@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from .core import *
 
-# %% ../nbs/20_adapters.ipynb #914c3a0c
+# %% ../nbs/20_adapters.ipynb #14090417
 _acts = dict(gelu=F.gelu, relu=F.relu, silu=F.silu)
 _places = 'houlsby', 'pfeiffer', 'parallel'
 
 def _linear(m, x): return F.linear(x, m.weight.to(x.dtype), m.bias.to(x.dtype))
 
-# %% ../nbs/20_adapters.ipynb #e650d632
+# %% ../nbs/20_adapters.ipynb #f2ffcf1c
 class Bottleneck(nn.Module):
     "`up(act(down(x)))`: from `width` numbers per token to `bottleneck` and back. In fp32, computing in x's dtype; zero at the start."
     def __init__(self,
@@ -36,10 +36,10 @@ class Bottleneck(nn.Module):
         for t in (self.down.bias, self.up.weight, self.up.bias): nn.init.zeros_(t)
     def forward(self, x): return _linear(self.up, self.act(_linear(self.down, x)))
 
-# %% ../nbs/20_adapters.ipynb #f4786764
+# %% ../nbs/20_adapters.ipynb #4eef3742
 def _device(m): return next(chain(m.parameters(), m.buffers())).device
 
-# %% ../nbs/20_adapters.ipynb #758d9525
+# %% ../nbs/20_adapters.ipynb #c063fb22
 class AdapterAfter(Wrapper):
     "A sublayer with an adapter on its output h: `h + up(act(down(h)))`. If the sublayer returns a tuple, h is its first item."
     def __init__(self,
@@ -55,7 +55,7 @@ class AdapterAfter(Wrapper):
         if isinstance(out, tuple): return out[0] + self.adapter(out[0]), *out[1:]
         return out + self.adapter(out)
 
-# %% ../nbs/20_adapters.ipynb #c7270556
+# %% ../nbs/20_adapters.ipynb #61688bca
 class AdapterBeside(AdapterAfter):
     "A sublayer with an adapter beside it: `base(x) + up(act(down(x)))`."
     x = None
@@ -66,7 +66,7 @@ class AdapterBeside(AdapterAfter):
         if isinstance(out, tuple): return out[0] + self.adapter(x), *out[1:]
         return out + self.adapter(x)
 
-# %% ../nbs/20_adapters.ipynb #cbc11324
+# %% ../nbs/20_adapters.ipynb #df3335d3
 @dataclass
 class DecoderBlock:
     "Where the two sublayers of a transformer block are: names as in `model.named_modules()`."
@@ -75,7 +75,7 @@ class DecoderBlock:
     ff_in:str # the submodule that reads the feed-forward sublayer's input
     ff_out:str # the submodule that gives its output; the same one, except in OPT
 
-# %% ../nbs/20_adapters.ipynb #2cd22f42
+# %% ../nbs/20_adapters.ipynb #5e62e048
 def _has_matrix(m): return any(features(o) for o in m.modules()) or any(p.ndim > 1 for p in m.parameters())
 
 def _sublayers(block):
@@ -88,7 +88,7 @@ def _sublayers(block):
     sizes = [features(big[n]) for n in rest]
     if len(rest) == 2 and None not in sizes and sizes[0] == sizes[1][::-1]: return attn[0], *rest # OPT: fc1, fc2
 
-# %% ../nbs/20_adapters.ipynb #fd45f253
+# %% ../nbs/20_adapters.ipynb #dcb0e7bf
 def find_blocks(
     model:nn.Module, # a transformers decoder
 ) -> list: # of `DecoderBlock`, first to last
@@ -100,7 +100,7 @@ def find_blocks(
         raise ValueError(f'{type(model).__name__}: adapters need one list of blocks with one attention and one feed-forward each, but found {have}')
     return [DecoderBlock(f'{found[0]}.{i}', *(f'{found[0]}.{i}.{n}' for n in _sublayers(b))) for i, b in enumerate(lists[found[0]])]
 
-# %% ../nbs/20_adapters.ipynb #6cbae0a9
+# %% ../nbs/20_adapters.ipynb #70d442b7
 class Adapters(Tuner):
     "Adapter layers in every block: after both sublayers (Houlsby et al. 2019, arXiv:1902.00751), after the feed-forward one, or beside it."
     lr = 1e-3
@@ -115,7 +115,7 @@ class Adapters(Tuner):
         if act not in _acts: raise ValueError(f"act={act!r}: say {', '.join(map(repr, _acts))}")
         self.bottleneck, self.where, self.act = bottleneck, where, act
 
-# %% ../nbs/20_adapters.ipynb #ebca8732
+# %% ../nbs/20_adapters.ipynb #b43b6d9c
 @patch
 def edits(self:Adapters, model):
     blocks, width = find_blocks(model), model.config.hidden_size

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_params', 'snapshot', 'Weights', 'Full', 'stochastic_round', 'RoundingAdam']
 
-# %% ../nbs/10_full_finetuning.ipynb #e2ce9ce5
+# %% ../nbs/10_full_finetuning.ipynb #bb7a1338
 import errno, os, random, shutil, sys, tempfile
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import nn
 from fastcore.basics import patch
 from .core import *
 
-# %% ../nbs/10_full_finetuning.ipynb #a4db47f8
+# %% ../nbs/10_full_finetuning.ipynb #0e2c27f1
 def find_params(
     model:nn.Module, # any model
     targets=None, # a name's end such as 'bias', a glob, a pattern that begins with ^, or a list of these; None: all
@@ -34,7 +34,7 @@ def find_params(
         if not p.is_floating_point(): raise ValueError(f'{n} holds {p.dtype}, which cannot train: name others, or load the model unquantized')
     return found
 
-# %% ../nbs/10_full_finetuning.ipynb #704ea328
+# %% ../nbs/10_full_finetuning.ipynb #68f19763
 def snapshot(
     tensors:dict, # name -> tensor
 ) -> dict: # name -> tensor on the CPU, memory-mapped
@@ -51,7 +51,7 @@ def snapshot(
                                    'let TMPDIR name a folder with room', tempfile.gettempdir()) from None
         return load_file(Path(d)/'base.safetensors')
 
-# %% ../nbs/10_full_finetuning.ipynb #0f6863f0
+# %% ../nbs/10_full_finetuning.ipynb #918af060
 class Weights:
     "An edit: parameters of the model make way for copies of them, which train; meanwhile they wait on disk."
     def __init__(self,
@@ -61,7 +61,7 @@ class Weights:
         self.own = {n: nn.Parameter(p.data) for n, p in base.items()} # the same memory, until the edit is applied
     def tensors(self): return self.own
 
-# %% ../nbs/10_full_finetuning.ipynb #13b27a8d
+# %% ../nbs/10_full_finetuning.ipynb #169e80a4
 def _exchange(model, old, new):
     "Put the parameters `new` wherever the model has those of `old`; a tied weight has several places."
     to = {id(p): new[n] for n, p in old.items()}
@@ -75,7 +75,7 @@ def _follow(new, old):
     old.data = old.data.cpu()
     new.data = new.data.to(*place)
 
-# %% ../nbs/10_full_finetuning.ipynb #6eab7a9a
+# %% ../nbs/10_full_finetuning.ipynb #e1d6e041
 @patch
 def apply(self:Weights, model):
     if self.kept:
@@ -96,7 +96,7 @@ def fold(self:Weights, model) -> float: # the error of rounding: none
     for n, p in self.base.items(): p.data = self.own[n].data
     return 0.
 
-# %% ../nbs/10_full_finetuning.ipynb #95ef912d
+# %% ../nbs/10_full_finetuning.ipynb #b0d70951
 class Full(Tuner):
     "Full fine-tuning: every weight of the model is trained, or those that the targets name."
     lr = 1e-4
@@ -106,7 +106,7 @@ class Full(Tuner):
     ): self.targets, self.delta = targets, delta
     def edits(self, model): return [Weights(find_params(model, self.targets))]
 
-# %% ../nbs/10_full_finetuning.ipynb #df79e709
+# %% ../nbs/10_full_finetuning.ipynb #b5c7f0c6
 @patch
 def optimizer(self:Full, params, lr):
     "torch's AdamW for weights in fp32, `RoundingAdam` if any are in bf16. ValueError for fp16, whose smallest steps are lost."
@@ -116,7 +116,7 @@ def optimizer(self:Full, params, lr):
         raise ValueError(f'{self.name} cannot train {str(bad.pop())[6:]} weights: load the model with dtype=torch.bfloat16 or float32')
     return RoundingAdam(params, lr) if torch.bfloat16 in types else torch.optim.AdamW(params, lr=lr, weight_decay=0.)
 
-# %% ../nbs/10_full_finetuning.ipynb #5127089e
+# %% ../nbs/10_full_finetuning.ipynb #24d5e8fb
 @patch
 def final(self:Full):
     "The weights; or what has changed in them, in bf16, under names that say so."
@@ -135,7 +135,7 @@ def take(self:Full, have, path):
         for p in w.own.values(): p.data = torch.empty_like(p.data)
     Tuner.take(self, have, path)
 
-# %% ../nbs/10_full_finetuning.ipynb #594eea33
+# %% ../nbs/10_full_finetuning.ipynb #2ce4015d
 @patch
 def save(self:Full,
     path, # a folder; made if need be
@@ -149,7 +149,7 @@ def save(self:Full,
     if whole > 1e6: print(f'{self.name}: writing {what} to {path}', file=sys.stderr)
     return Tuner.save(self, path)
 
-# %% ../nbs/10_full_finetuning.ipynb #bb67d805
+# %% ../nbs/10_full_finetuning.ipynb #75bb1e2d
 def stochastic_round(
     x:torch.Tensor, # fp32
     generator:torch.Generator=None, # on x's device
@@ -158,7 +158,7 @@ def stochastic_round(
     noise = torch.randint(2**16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
     return (x.view(torch.int32) + noise).bitwise_and_(-2**16).view(torch.float32).bfloat16()
 
-# %% ../nbs/10_full_finetuning.ipynb #d4d1fd06
+# %% ../nbs/10_full_finetuning.ipynb #44d9c99d
 class RoundingAdam(torch.optim.Optimizer):
     "Adam for weights in bf16: its two means are in fp32, each step is taken in fp32 and rounded at random."
     round = staticmethod(stochastic_round)
@@ -167,7 +167,7 @@ class RoundingAdam(torch.optim.Optimizer):
         lr:float, # learning rate
     ): super().__init__(params, dict(lr=lr))
 
-# %% ../nbs/10_full_finetuning.ipynb #ea4bcd71
+# %% ../nbs/10_full_finetuning.ipynb #3479bd7b
 @patch
 @torch.no_grad()
 def step(self:RoundingAdam):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PrefixTuning']
 
-# %% ../nbs/13_prefix_tuning.ipynb #4274ed1a
+# %% ../nbs/13_prefix_tuning.ipynb #a0073f64
 import torch
 from torch import nn
 from fastcore.basics import patch
@@ -14,7 +14,7 @@ from .core import *
 from .soft_prompting import *
 from .prompt_tuning import *
 
-# %% ../nbs/13_prefix_tuning.ipynb #b978c65d
+# %% ../nbs/13_prefix_tuning.ipynb #14ee9349
 class PrefixTuning(Tuner):
     "Trainable keys and values in front of those of every attention layer (Li and Liang 2021, arXiv:2101.00190, section 4)."
     lr = 1e-1
@@ -31,7 +31,7 @@ class PrefixTuning(Tuner):
         self.n_tokens, self.init, self.reparam, self.text = n_tokens, init, reparam, text
         if reparam: self.lr = 1e-3 # a step of the MLP moves everything that comes out of it
 
-# %% ../nbs/13_prefix_tuning.ipynb #93eada70
+# %% ../nbs/13_prefix_tuning.ipynb #86c48be3
 @patch
 def whole(self:PrefixTuning) -> torch.Tensor: # layers x 2 x heads x n_tokens x width
     "The keys and values, with what the MLP adds to them."
@@ -47,7 +47,7 @@ def pairs(self:PrefixTuning, model):
     "For each layer its keys and values, in the base's precision."
     return [(k[None], v[None]) for k, v in self.whole().to(model.get_input_embeddings().weight.dtype)]
 
-# %% ../nbs/13_prefix_tuning.ipynb #22cd5d36
+# %% ../nbs/13_prefix_tuning.ipynb #50fda297
 @patch
 def edits(self:PrefixTuning, model):
     check_front(model, self.n_tokens)
@@ -59,14 +59,14 @@ def edits(self:PrefixTuning, model):
     if self.reparam: params |= _mlp(self.n_tokens, self.reparam, prefix.numel()//self.n_tokens, like.device)
     yield Front(self.n_tokens, self.pairs, params)
 
-# %% ../nbs/13_prefix_tuning.ipynb #de764fc0
+# %% ../nbs/13_prefix_tuning.ipynb #b3fee214
 def _mlp(n, hidden, out, device):
     "The tensors of the paper's MLP: a vector for each place, and two layers. It adds nothing at the start."
     def param(*shape, std=0.): return nn.Parameter(torch.randn(*shape, device=device)*std)
     return dict(prefix_in=param(n, hidden, std=1.), prefix_w1=param(hidden, hidden, std=hidden**-.5), prefix_b1=param(hidden),
                 prefix_w2=param(out, hidden), prefix_b2=param(out))
 
-# %% ../nbs/13_prefix_tuning.ipynb #26e5ceb5
+# %% ../nbs/13_prefix_tuning.ipynb #fbd9154c
 @patch
 @torch.no_grad()
 def start(self:PrefixTuning, model):
@@ -77,13 +77,13 @@ def start(self:PrefixTuning, model):
     if self.init == 'random': kv = torch.randn_like(kv)*kv.std((2, 3, 4), keepdim=True)
     prefix.copy_(kv)
 
-# %% ../nbs/13_prefix_tuning.ipynb #59168112
+# %% ../nbs/13_prefix_tuning.ipynb #18fc566d
 @patch
 def final(self:PrefixTuning):
     "The MLP is folded away: the file holds keys and values alone."
     return dict(prefix=self.whole()), self.config | dict(reparam=None)
 
-# %% ../nbs/13_prefix_tuning.ipynb #eac75e77
+# %% ../nbs/13_prefix_tuning.ipynb #d13f240d
 @patch
 def take(self:PrefixTuning, have, path):
     "As `Tuner.take`; keys and values alone take the MLP's place too."

@@ -6,7 +6,7 @@
 __all__ = ['schedules', 'lr_schedule', 'gradient_step', 'Progress', 'History', 'find_run', 'training_bytes', 'rows_of',
            'question_of', 'evaluate', 'fit']
 
-# %% ../nbs/05_training.ipynb #d6437a2a
+# %% ../nbs/05_training.ipynb #4712e383
 import errno, hashlib, io, json, math, os, random, shutil, signal, sys, tempfile, threading, time, warnings
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
@@ -21,10 +21,10 @@ from .data import *
 from .data import pack as _pack
 from .speed import *
 
-# %% ../nbs/05_training.ipynb #40e5272c
+# %% ../nbs/05_training.ipynb #e792918b
 schedules = 'cosine', 'linear', 'constant'     # how the learning rate falls after the warmup
 
-# %% ../nbs/05_training.ipynb #fe446378
+# %% ../nbs/05_training.ipynb #cac3ab46
 def lr_schedule(
     name:str, # one of `schedules`
     steps:int, # of the run
@@ -39,7 +39,7 @@ def lr_schedule(
     rate = get_scheduler(name, opt, num_warmup_steps=w, num_training_steps=steps + (w > 0)).lr_lambdas[0]
     return [rate(i + (w > 0)) for i in range(steps)]
 
-# %% ../nbs/05_training.ipynb #98ce6cc7
+# %% ../nbs/05_training.ipynb #1718a385
 def gradient_step(
     acc, # an `accelerate.Accelerator`
     model, # the model, perhaps inside DistributedDataParallel
@@ -59,7 +59,7 @@ def gradient_step(
         loss_sum += loss.detach()
     return loss_sum, acc.clip_grad_norm_(params, math.inf if clip is None else clip)
 
-# %% ../nbs/05_training.ipynb #b0c3e12b
+# %% ../nbs/05_training.ipynb #32590b08
 class Progress:
     "One line that says how far a run is: step, loss, tokens per second, time left."
     def __init__(self,
@@ -73,7 +73,7 @@ class Progress:
         self.notebook = ip is not None and getattr(ip.get_ipython(), 'kernel', None) is not None
         self.tty = not self.notebook and sys.stderr.isatty()
 
-# %% ../nbs/05_training.ipynb #24f4a678
+# %% ../nbs/05_training.ipynb #a02da6c0
 @patch
 def update(self:Progress,
     step:int, # steps done
@@ -108,7 +108,7 @@ def _notebook(self:Progress, step, line):
     if self.handle is None: self.handle = display(data, raw=True, display_id=True)
     else: self.handle.update(data, raw=True)
 
-# %% ../nbs/05_training.ipynb #52ecf706
+# %% ../nbs/05_training.ipynb #bd2057d5
 class History:
     "What happened in a run: `rows` (step, loss, lr, norm, seconds, tokens), `evals` (step, loss), and its `settings`."
     def __init__(self,
@@ -122,7 +122,7 @@ class History:
         return (f"History: {len(self.rows)} steps, loss {self.rows[0]['loss']:.4f} to {self.rows[-1]['loss']:.4f}, "
                 f"{sum(o['tokens'] for o in self.rows):,} tokens in {sum(o['seconds'] for o in self.rows):.0f} s")
 
-# %% ../nbs/05_training.ipynb #829cac16
+# %% ../nbs/05_training.ipynb #5bab718e
 @patch(cls_method=True)
 def load(cls:History,
     path, # what `save` wrote
@@ -155,7 +155,7 @@ def _repr_png_(self:History):
     fig.savefig(out, format='png', dpi=80)
     return out.getvalue()
 
-# %% ../nbs/05_training.ipynb #135d685f
+# %% ../nbs/05_training.ipynb #1f665979
 def _trainable(tuner):
     "The tensors of `tuner` that train, by name; ValueError if there is nothing to train."
     if tuner.model is None: raise ValueError(f'this {tuner.name} is not attached: attach(model) it before fit')
@@ -167,7 +167,7 @@ def _trainable(tuner):
                          'call requires_grad_(True) on them')
     return live
 
-# %% ../nbs/05_training.ipynb #e24c2ea5
+# %% ../nbs/05_training.ipynb #c73c7beb
 def _check_gradients(tuner, live):
     "After the first backward pass: ValueError with the names of the tensors that got no gradient."
     if dead := [n for n, p in live.items() if p.grad is None]:
@@ -185,7 +185,7 @@ def _check_options(whole, positive, optional=('eval_every', 'pack', 'max_length'
         if k in positive and (not isinstance(v, (int, float)) or not 0 < v < math.inf):
             raise ValueError(f'{k}={v!r} must be a number above 0')
 
-# %% ../nbs/05_training.ipynb #6bb6ef3a
+# %% ../nbs/05_training.ipynb #6ec1c06d
 def find_run(out, resume):
     "What the run in `out` is taken up from: its checkpoint, its history if it is finished, or None for a fresh start."
     if out is None:
@@ -207,7 +207,7 @@ def _check_writable(out):
         with tempfile.TemporaryFile(dir=out) as f: f.write(b'0')
     except OSError as e: raise OSError(e.errno, f'{e.strerror}; nothing was trained', str(out)) from None
 
-# %% ../nbs/05_training.ipynb #7f3da134
+# %% ../nbs/05_training.ipynb #efb32b1d
 def training_bytes(
     params, # the tensors that train, in the precision in which they do
 ) -> dict: # bytes: weights, gradients, means
@@ -216,7 +216,7 @@ def training_bytes(
     size = sum(p.numel()*p.element_size() for p in params)
     return dict(weights=size, gradients=size, means=8*sum(p.numel() for p in params))
 
-# %% ../nbs/05_training.ipynb #7d57825b
+# %% ../nbs/05_training.ipynb #c5edb2b7
 def _check_room(tuner, live, out, show):
     "OSError if `out` has no room for two checkpoints, the old and the new. Says what a run takes that takes over 0.1 GB."
     b = training_bytes(live.values())
@@ -229,7 +229,7 @@ def _check_room(tuner, live, out, show):
     print(f"{tuner.name}: {sum(p.numel() for p in live.values()):,} numbers train in {sum(b.values())/1e9:.2f} GB ({parts})"
           + (f'; while it runs, {out} holds a checkpoint of {file/1e9:.2f} GB' if out else ''), file=sys.stderr)
 
-# %% ../nbs/05_training.ipynb #eb379107
+# %% ../nbs/05_training.ipynb #ed9546b5
 def _save_checkpoint(path, tuner, opt, hist):
     "Write tensors, Adam's means and history as one file, whole or not at all."
     tensors = {f'tensor.{n}': t for n, t in tuner.tensors.items()}
@@ -245,7 +245,7 @@ def _read_checkpoint(path):
     except (SafetensorError, TypeError, KeyError, ValueError) as e:
         raise ValueError(f'{path} is no checkpoint of a run ({e}): delete it to start afresh') from None
 
-# %% ../nbs/05_training.ipynb #b55056dc
+# %% ../nbs/05_training.ipynb #835cf2f2
 def _restore(found, settings, tuner, opt):
     "Put tensors and optimizer back as the file `found` has them. Returns the history. ValueError if the settings differ."
     finished = found.name == 'history.json'
@@ -262,7 +262,7 @@ def _restore(found, settings, tuner, opt):
         opt.state[p] = dict(step=torch.tensor(float(len(hist.rows)))) | means
     return hist
 
-# %% ../nbs/05_training.ipynb #1ae21e56
+# %% ../nbs/05_training.ipynb #85991212
 @contextmanager
 def _patient():
     "Within it Ctrl-C only notes itself, once: yields a function that says whether it came."
@@ -277,7 +277,7 @@ def _patient():
     try: yield lambda: bool(came)
     finally: signal.signal(signal.SIGINT, old or signal.SIG_DFL)
 
-# %% ../nbs/05_training.ipynb #eee581e6
+# %% ../nbs/05_training.ipynb #43017bcd
 @contextmanager
 def _training(model):
     "Within it every module is in training mode, and checkpointing works above frozen embeddings."
@@ -291,7 +291,7 @@ def _training(model):
         for m, mode in modes: m.training = mode
         for m, f in old: m._gradient_checkpointing_func = f
 
-# %% ../nbs/05_training.ipynb #d9f350c2
+# %% ../nbs/05_training.ipynb #7de4d859
 def rows_of(
     task:Task, # that holds them
     split:str, # 'train', 'valid' or 'test'
@@ -318,7 +318,7 @@ def _mean_loss(model, tok, enc, batch_size):
             losses.append([float(o) for o in supervised_loss(model, batch)])
     return sum(l for l, _ in losses) / sum(n for _, n in losses)
 
-# %% ../nbs/05_training.ipynb #1d1c39f0
+# %% ../nbs/05_training.ipynb #da43c891
 def question_of(
     row:dict, # of a task
 ) -> list: # of {role, content}
@@ -326,7 +326,7 @@ def question_of(
     m = messages_of(row)
     return m[:max(i for i, o in enumerate(m) if o['role'] == 'assistant')]
 
-# %% ../nbs/05_training.ipynb #386037d7
+# %% ../nbs/05_training.ipynb #50dea28b
 def evaluate(
     model, # a model, perhaps with a tuner attached
     tok, # its tokenizer
@@ -345,7 +345,7 @@ def evaluate(
     replies = generate(model, tok, [question_of(r) for r in rows], max_new_tokens, batch_size)
     return res | dict(score=sum(task.score(r, o) for r, o in zip(rows, replies))/len(rows))
 
-# %% ../nbs/05_training.ipynb #9ec9af4a
+# %% ../nbs/05_training.ipynb #6c5a4c91
 def _accelerator():
     "One device or several (under `torchrun` or `accelerate launch`), in the model's own precision."
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -385,7 +385,7 @@ def _seed(seed, step, rank):
     "Chance in a step is a function of the seed, the step and the process: no state of a generator needs to be kept."
     torch.manual_seed(random.Random(f'{seed} {step} {rank}').getrandbits(63))
 
-# %% ../nbs/05_training.ipynb #bd1d01c5
+# %% ../nbs/05_training.ipynb #adaf7352
 def _settings(tuner, task, enc, options):
     "What two runs must share for one to go on where the other stopped, as JSON has it."
     data = hashlib.sha256(repr([(e['input_ids'], e['labels']) for e in enc]).encode()).hexdigest()[:16]
@@ -404,7 +404,7 @@ def _interrupted(step, steps, out):
     if out: how = f'run the same call with resume=True to go on from {out}'
     return KeyboardInterrupt(f'stopped after step {step} of {steps}: {how}')
 
-# %% ../nbs/05_training.ipynb #2d93c520
+# %% ../nbs/05_training.ipynb #bc1426e7
 def _train(tuner, wrapped, tok, enc, valid, opt, rates, hist, eval_every, out, acc):
     "The steps that `hist` lacks. `wrapped` is the tuner's model as `acc` prepared it."
     s, model, live, first, saved = hist.settings, tuner.model, _trainable(tuner), len(hist.rows), len(hist.rows)
@@ -443,7 +443,7 @@ def _finish(tuner, hist, out):
     hist.save(out/'history.json')
     for f in out.glob('*checkpoint.safetensors*'): shutil.rmtree(f) if f.is_dir() else f.unlink()    # and what a killed run left
 
-# %% ../nbs/05_training.ipynb #857349b8
+# %% ../nbs/05_training.ipynb #72ade830
 def fit(
     tuner:Tuner, # attached to its model
     tok, # the model's tokenizer
