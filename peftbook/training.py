@@ -186,7 +186,10 @@ def _check_options(whole, positive, optional=('eval_every', 'pack', 'max_length'
             raise ValueError(f'{k}={v!r} must be a number above 0')
 
 # %% ../nbs/05_training.ipynb #6ec1c06d
-def find_run(out, resume):
+def find_run(
+    out, # folder of the run, a `Path`; None: nothing is written
+    resume:bool, # go on with what is there?
+): # `Path` of a checkpoint or of a finished run's history; None
     "What the run in `out` is taken up from: its checkpoint, its history if it is finished, or None for a fresh start."
     if out is None:
         if resume: raise ValueError('resume=True needs out=, the folder of the run to take up again')
