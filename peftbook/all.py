@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/91_all.ipynb #dddb8d29
+# %% ../nbs/91_all.ipynb #fa6e41fd
 import sys
 
-# %% ../nbs/91_all.ipynb #326755d0
+# %% ../nbs/91_all.ipynb #c989bb7f
 from .models import *
 from .core import *
 from .data import *
@@ -22,8 +22,9 @@ from .prompt_tuning import *
 from .prefix_tuning import *
 from .adapters import *
 from .lora import *
+from .quantization import *
 
-# %% ../nbs/91_all.ipynb #71aad1c3
+# %% ../nbs/91_all.ipynb #614d896c
 _modules = ('models core data scenarios speed training evaluation full soft_prompting prompt_tuning prefix_tuning '
-            'adapters lora').split()
+            'adapters lora quantization').split()
 __all__ = [name for m in _modules for name in sys.modules[f'peftbook.{m}'].__all__]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['messages_of', 'read_rows', 'Task', 'encode', 'encode_rows', 'Batches', 'collate', 'pack']
 
-# %% ../nbs/02_data.ipynb #c308fd1c
+# %% ../nbs/02_data.ipynb #bec0d056
 import json, os, random, re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from .models import *
 
-# %% ../nbs/02_data.ipynb #0a6c9368
+# %% ../nbs/02_data.ipynb #e9c959f3
 def messages_of(
     row:dict, # with 'prompt' and 'completion', or with 'messages'
 ) -> list:
@@ -22,7 +22,7 @@ def messages_of(
     if row.get('messages') is not None: return [dict(role=m['role'], content=m['content']) for m in row['messages']]
     return [dict(role='user', content=row['prompt']), dict(role='assistant', content=row['completion'])]
 
-# %% ../nbs/02_data.ipynb #11e107e2
+# %% ../nbs/02_data.ipynb #f5241eea
 def _check_row(row, where):
     "Raise ValueError, saying `where`, unless `row` is something to learn from."
     if not isinstance(row, Mapping): raise ValueError(f'{where}: a row must be an object, not {type(row).__name__}')
@@ -47,7 +47,7 @@ def _check_row(row, where):
     if not any(m['role'] == 'assistant' for m in msgs):
         raise ValueError(f"{where}: no message has the role 'assistant'")
 
-# %% ../nbs/02_data.ipynb #6d3f94dc
+# %% ../nbs/02_data.ipynb #9ba27100
 def _jsonl(path):
     "Each line's place and object; blank lines are skipped."
     path = Path(path).expanduser()
@@ -75,7 +75,7 @@ def read_rows(
     if not rows: raise ValueError(f'{src if isinstance(src, (str, os.PathLike)) else name}: no rows')
     return rows
 
-# %% ../nbs/02_data.ipynb #05618e4f
+# %% ../nbs/02_data.ipynb #8cd0a621
 @dataclass
 class Task:
     "What to learn: rows to train on, rows to choose by, rows to be judged by, and how replies are scored."
@@ -92,7 +92,7 @@ class Task:
             rows = read_rows(getattr(self, split), f'{self.name}.{split}') if len(getattr(self, split)) else []
             setattr(self, split, tuple(rows) if split == 'shots' else rows)
 
-# %% ../nbs/02_data.ipynb #47c0ede6
+# %% ../nbs/02_data.ipynb #50170474
 @patch(cls_method=True)
 def from_jsonl(cls:Task,
     path, # of a JSONL file
@@ -111,7 +111,7 @@ def from_jsonl(cls:Task,
     random.Random(seed).shuffle(rows)
     return cls(name or Path(path).stem, rows[n_valid+n_test:], rows[:n_valid], rows[n_valid:n_valid+n_test])
 
-# %% ../nbs/02_data.ipynb #36294323
+# %% ../nbs/02_data.ipynb #0de7c917
 def _replies(tok, messages, n):
     "The text of the conversation, and for each of its last `n` replies where it begins and where its end token ends."
     text, ends = render(tok, messages), '|'.join(map(re.escape, tok.convert_ids_to_tokens(end_ids(tok))))
@@ -123,7 +123,7 @@ def _replies(tok, messages, n):
             if not t.startswith(head):
                 raise ValueError(f'the chat template does not let message {i} follow what stands before it: expected '
                                  f'...{head[-40:]!r}, found ...{t[max(0, len(head)-40):len(head)]!r}')
-            stop = _end(t, messages[i]['content'].strip(), ends, len(head), hi)
+            stop = _end(t, unmark(tok, messages[i]['content']).strip(), ends, len(head), hi)
         out.append((len(head), stop))
     return text, out
 
@@ -136,7 +136,7 @@ def _end(text, words, ends, lo, hi):
                          'a model trained on it would never learn to stop')
     raise ValueError(f"the chat template changes the reply {words[:40]!r}: it can't be found in its turn")
 
-# %% ../nbs/02_data.ipynb #fdcd6f21
+# %% ../nbs/02_data.ipynb #c896ee32
 def _encode(tok, row, tuner, max_length):
     "`encode`, but None where the replies do not fit."
     if max_length is not None and max_length < 2: raise ValueError(f'{max_length=} must be 2 at least')
@@ -152,7 +152,7 @@ def _encode(tok, row, tuner, max_length):
     if cut and cut > first - 1: return None        # one token must stay in front: it predicts the first word
     return dict(input_ids=ids[cut:], labels=labels[cut:], dropped=cut)
 
-# %% ../nbs/02_data.ipynb #02642d9d
+# %% ../nbs/02_data.ipynb #9f9ec166
 def encode(
     tok, # a fast tokenizer with a chat template
     row:dict, # with 'prompt' and 'completion', or with 'messages'
@@ -166,7 +166,7 @@ def encode(
                                    'raise max_length')
     return e
 
-# %% ../nbs/02_data.ipynb #28057c2e
+# %% ../nbs/02_data.ipynb #effccbac
 def encode_rows(
     tok, # a fast tokenizer with a chat template
     rows:list, # as `read_rows` gives them
@@ -186,7 +186,7 @@ def encode_rows(
                      tokens=sum(len(e['input_ids']) for e in out),
                      supervised=sum(l != -100 for e in out for l in e['labels']))
 
-# %% ../nbs/02_data.ipynb #4d9068f5
+# %% ../nbs/02_data.ipynb #ce60e85a
 class Batches:
     """`b[step]` is the list of row indices of a step: a function of seed and step alone, so a run can go on anywhere.
     Rows of like length go together; an epoch has `len(b)` steps and sees no row twice; what does not fill a batch waits
@@ -201,7 +201,7 @@ class Batches:
         self.lengths, self.batch_size, self.seed = list(lengths), min(batch_size, len(lengths)), seed
         self._epoch = None, None
 
-# %% ../nbs/02_data.ipynb #f20e5cf2
+# %% ../nbs/02_data.ipynb #ca5f54e4
 @patch
 def __len__(self:Batches):
     "Steps in an epoch."
@@ -223,7 +223,7 @@ def __getitem__(self:Batches, step:int):
         self._epoch = epoch, batches
     return list(self._epoch[1][i])
 
-# %% ../nbs/02_data.ipynb #d02fd48c
+# %% ../nbs/02_data.ipynb #7e7d0c4e
 def collate(
     encoded:list, # rows from `encode`, or packed ones from `pack`
     pad_id:int, # fills up; any id will do, for masks go by length
@@ -246,7 +246,7 @@ def collate(
     mask = ((seg[:,:,None] == seg[:,None]) & causal)[:,None]
     return batch | dict(position_ids=fill('position_ids', 0), attention_mask=mask)
 
-# %% ../nbs/02_data.ipynb #eabfb256
+# %% ../nbs/02_data.ipynb #dc4bc9ba
 def pack(
     encoded:list, # rows from `encode`
     max_length:int, # of a packed row, in tokens

@@ -6,12 +6,12 @@
 __all__ = ['airline_grammar', 'scenarios', 'expand', 'deal', 'sample_rows', 'airline_rows', 'normalise', 'sentences',
            'refund_decision', 'score_airline', 'scenario', 'airline']
 
-# %% ../nbs/03_scenarios.ipynb #67af1ff7
+# %% ../nbs/03_scenarios.ipynb #16f27517
 import random, re, unicodedata
 from functools import lru_cache
 from .data import Task
 
-# %% ../nbs/03_scenarios.ipynb #0c553d22
+# %% ../nbs/03_scenarios.ipynb #a6006ff4
 def expand(text:str, # template with slots such as '{city}'
     grammar:dict, # slot -> list of fillers, which may hold slots themselves
     rng:random.Random, # where chance comes from
@@ -26,7 +26,7 @@ def expand(text:str, # template with slots such as '{city}'
         return said[slot]
     return re.sub(r'\{(\w+)\}', fill, text)
 
-# %% ../nbs/03_scenarios.ipynb #e0030581
+# %% ../nbs/03_scenarios.ipynb #ee5e6fdf
 def deal(text:str # fillers in three blocks parted by '---' lines; within a block, one a line or parted by ' | '
     ) -> dict:
     "The fillers of one slot by split: {'train': [...], 'valid': [...], 'test': [...]}, none in two of them."
@@ -38,7 +38,7 @@ def deal(text:str # fillers in three blocks parted by '---' lines; within a bloc
     if twice: raise ValueError(f'filler given twice: {sorted(twice)[0]!r}')
     return dict(zip(('train', 'valid', 'test'), blocks))
 
-# %% ../nbs/03_scenarios.ipynb #a2bd2d8b
+# %% ../nbs/03_scenarios.ipynb #47aaf3f0
 def sample_rows(make, # make(rng, i) -> the i-th row, a dict with 'prompt'
     n:int, # how many rows
     seed:str # any text; the same text gives the same rows on every machine
@@ -52,7 +52,7 @@ def sample_rows(make, # make(rng, i) -> the i-th row, a dict with 'prompt'
         if misses > 1000: raise ValueError(f'only {len(rows)} distinct rows for {n} wanted: add templates or fillers')
     return rows
 
-# %% ../nbs/03_scenarios.ipynb #80d72895
+# %% ../nbs/03_scenarios.ipynb #0e890cc6
 airline_grammar = {}
 airline_grammar['ours'] = deal('''
     an engine fault | an engine that would not start | an engine repair | a broken fuel pump on the plane
@@ -81,7 +81,7 @@ airline_grammar['ours'] = deal('''
     too few flight attendants | a dead battery in the aircraft | a jammed cabin door
     luggage loaded late by your workers | a broken radio in the cockpit | your staff forgetting the meals''')
 
-# %% ../nbs/03_scenarios.ipynb #cd7fe129
+# %% ../nbs/03_scenarios.ipynb #395ea6db
 airline_grammar['weather'] = deal('''
     a snowstorm | heavy snow | a sudden snowfall | deep snow at the airport | thick fog | fog over the city
     poor visibility in the mist | strong winds | gale-force winds | a gale | crosswinds on the runway
@@ -117,7 +117,7 @@ airline_grammar['outside'] = deal('''
     a wildfire near the airport | a protest on the runway | an earthquake | a suspicious bag in the terminal
     a walkout of air traffic controllers | geese on the runway''')
 
-# %% ../nbs/03_scenarios.ipynb #ad46c6d7
+# %% ../nbs/03_scenarios.ipynb #66430ff4
 airline_grammar['city'] = deal('''
     Madrid | Oslo | Rome | Paris | Dublin | Athens | Vienna | Boston | Lisbon | Cairo | Tokyo | Milan | Berlin
     Delhi | Miami | Geneva | Naples | Toronto | Sydney | Warsaw | Chicago | Dubai | Seville | Munich
@@ -139,7 +139,7 @@ airline_grammar['late'] = deal('''
     ---
     seven hours late | hours after the planned time | much too late''')
 
-# %% ../nbs/03_scenarios.ipynb #a9d1f886
+# %% ../nbs/03_scenarios.ipynb #37782911
 airline_grammar['name'] = deal('''
     Maria | Tom | Aisha | Paul | Ines | Kofi | Laura | Omar | Nina | Jack | Priya | Hugo | Elena | Sam | Ruth
     Viktor
@@ -167,7 +167,7 @@ airline_grammar['ask'] = deal('''
     Is a refund possible? | I think I should get my money back. | What are you going to do about it?
     Please get back to me.''')
 
-# %% ../nbs/03_scenarios.ipynb #9932727f
+# %% ../nbs/03_scenarios.ipynb #ac50395f
 airline_grammar['prompt'] = deal('''
     My flight to {city} was {late} because of {reason}. {complaint} {ask}
     {complaint} Flight {flight} to {city} left {late} due to {reason}. {ask}
@@ -204,7 +204,7 @@ airline_grammar['prompt'] = deal('''
     You kept us waiting for the plane to {city} as a result of {reason}. {complaint} {ask} {name}
     Good evening. The announcement gave {reason} as the cause of the delay to {city}. {complaint} {ask}''')
 
-# %% ../nbs/03_scenarios.ipynb #20c16fb3
+# %% ../nbs/03_scenarios.ipynb #cd047a2e
 airline_grammar['offer'] = deal('''
     You also get {standard}. | We also offer {standard}. | You receive {standard} too.
     We still give you {standard}.
@@ -236,7 +236,7 @@ airline_grammar['no_refund'] = deal('''
     ---
     It was due to {excuse}, so your ticket will not be refunded. | The cause was {excuse}, so we cannot refund your fare.''')
 
-# %% ../nbs/03_scenarios.ipynb #ea7857b3
+# %% ../nbs/03_scenarios.ipynb #e05434dd
 def airline_rows(split:str, # 'train', 'valid' or 'test': which fillers
     n:int, # how many rows, as many of each cause
     seed:int=0, # another seed, other rows from the same fillers
@@ -256,7 +256,7 @@ def airline_rows(split:str, # 'train', 'valid' or 'test': which fillers
         return dict(prompt=cap(prompt), completion=cap(reply), cause=cause, reason=said['reason'])
     return sample_rows(make, n, f'airline/{split}/{seed}')
 
-# %% ../nbs/03_scenarios.ipynb #c2d9b6ff
+# %% ../nbs/03_scenarios.ipynb #26ec0ca2
 @lru_cache(1024)
 def normalise(text:str # any text
     ) -> str:
@@ -270,7 +270,7 @@ def normalise(text:str # any text
         t = re.sub(rf'(\d)[\s-]*(?:{sign}|{word}s?)(?!\w)', rf'\1 {word}', t)
     return ' '.join(t.split())
 
-# %% ../nbs/03_scenarios.ipynb #86ded737
+# %% ../nbs/03_scenarios.ipynb #780bab6f
 def _any(*patterns):
     "A compiled pattern that finds any of `patterns` as whole words."
     return re.compile(r'\b(?:' + '|'.join(patterns) + r')\b')
@@ -290,13 +290,13 @@ def sentences(text:str # a reply
     found = [[c.strip() for c in re.split(_cut, s) if c.strip(' .!?,')] for s in found]
     return [s for s in found if s]
 
-# %% ../nbs/03_scenarios.ipynb #0b15cee8
+# %% ../nbs/03_scenarios.ipynb #ea72750e
 _price = '(?:fare|money|ticket price|price of (?:your|the) ticket|amount)'
 _money = _any(r'refund\w*', r'non-?refund\w*', r'reimburs\w*', 'pay you back', r'money (?:\w+ ){0,3}back',
     rf'(?:return|give|giv|pay|credit)\w* (?:you )?(?:back )?(?:the |your )?(?:full )?{_price}',
     rf'{_price} (?:\w+ ){{0,3}}(?:returned|credited|paid back|given back)')
-_no = _any('not', 'no', 'never', 'cannot', 'unable', 'neither', 'nor', 'without', r'declin\w+', 'deny', 'denied',
-    r'refus\w+', r'reject\w+', 'ineligible', r'non-?refundable', 'unavailable', 'impossible', 'rule[sd]? out',
+_no = _any('not', 'no', 'nobody', 'none', 'never', 'cannot', 'unable', 'neither', 'nor', 'without', r'declin\w+', 'deny',
+    'denied', r'refus\w+', r'reject\w+', 'ineligible', r'non-?refundable', 'unavailable', 'impossible', 'rule[sd]? out',
     'out of the question', 'instead of', 'rather than', 'in lieu of', 'in place of')
 _cannot = _any('cannot', 'unable', 'not able', 'not possible', 'impossible', 'not allowed')
 _open = _any('may', 'might', 'could', 'maybe', 'perhaps', 'possibly', 'whether', 'when', 'only', 'consider', 'review',
@@ -310,7 +310,7 @@ _yes = _any('will', 'would', 'shall', 'are', 'is', 'am', 'have', 'has', 'gets?',
 _partial = _any('half', 'partial(?:ly)?', 'part of', 'some of', 'a portion')
 _outside = _any('weather', 'control', 'storm', 'snow', 'fog', 'not our', 'not caused by us')
 
-# %% ../nbs/03_scenarios.ipynb #85a88eac
+# %% ../nbs/03_scenarios.ipynb #83b1d808
 def _clause_decision(sentence, i):
     "'yes', 'no', 'partial' or '' for clause `i` of a sentence (a list of clauses), if it speaks of the refund."
     clause = re.sub(r'(request|claim|application) for (?:a |the |your )?(?:full )?refund', r'refund \1', sentence[i])
@@ -328,14 +328,14 @@ def _clause_decision(sentence, i):
     if negated: return 'no'
     return 'partial' if _partial.search(clause) else 'yes' if _yes.search(clause) else ''
 
-# %% ../nbs/03_scenarios.ipynb #2628cd09
+# %% ../nbs/03_scenarios.ipynb #106d6958
 def refund_decision(reply:str # what the airline answers
     ) -> str:
     "'yes' (the ticket is refunded), 'no', 'both' (contradictory, or only part of the money) or '' (not said plainly)."
     found = {_clause_decision(s, i) for s in sentences(reply) for i in range(len(s))} - {''}
     return 'both' if 'partial' in found or len(found) > 1 else found.pop() if found else ''
 
-# %% ../nbs/03_scenarios.ipynb #4e246ab2
+# %% ../nbs/03_scenarios.ipynb #4ed187fd
 _blame_us = _any('our (?:own )?(?:fault|mistake|responsibility|error)', 'fault (?:is|was) ours',
     'we (?:are|were) (?:responsible|to blame)')
 _blame_others = _any("(?:outside|beyond) (?:of )?(?:our|anyone's) control",
@@ -347,7 +347,7 @@ def _blames(reply):
     return ({'ours'} if any(_blame_us.search(c) for c in said) else set()) | \
            ({'outside'} if any(_blame_others.search(c) for c in said) else set())
 
-# %% ../nbs/03_scenarios.ipynb #9f940919
+# %% ../nbs/03_scenarios.ipynb #bf075948
 _sorry = _any('sorry (?:for|about|that|to|you|we|this)', '(?:so|very|truly|really|deeply) sorry', r'apolog\w+',
     'we regret', 'i regret', '(?:understand|know|imagine|see) (?:how|your|that|what|this)', r'frustrat\w+',
     r'sympath\w+', 'must have been')
@@ -358,7 +358,7 @@ def _empathy(reply):
     t = re.sub(r"\b(?:not|never) (?:\w+ )?(?:sorry|apolog\w+|regret|understand)", ' ', normalise(reply))
     return 1. if _sorry.search(t) else .5 if _regret.search(t) else 0.
 
-# %% ../nbs/03_scenarios.ipynb #64269086
+# %% ../nbs/03_scenarios.ipynb #365e8fc7
 def _offer(reply):
     "How much of the standard is offered, 0 to 1: two thirds for the voucher of 15 euros, one for the free rebooking."
     voucher = rebook = 0.
@@ -370,7 +370,7 @@ def _offer(reply):
         if re.search(r're-?book|(?:seat|place|you) on (?:the|our) next', s): rebook = 1/3 if free else 1/6
     return voucher + rebook
 
-# %% ../nbs/03_scenarios.ipynb #4930de79
+# %% ../nbs/03_scenarios.ipynb #7008778e
 _gifts = re.compile(r'\b(?:hotel|upgrade|miles|lounge|taxi|gift card|discount|cash|goodwill|free flight|bonus)')
 
 def _invented(reply, prompt):
@@ -380,14 +380,14 @@ def _invented(reply, prompt):
     gifts = set(_gifts.findall(re.sub(r'\b(?:no|not|cannot|without|never|nor)(?: \w+){0,5}', ' ', t)))
     return sum(x not in p for x in sums | gifts)
 
-# %% ../nbs/03_scenarios.ipynb #f81223c1
+# %% ../nbs/03_scenarios.ipynb #2d78937e
 def _form_cost(reply):
     "What rambling, repetition and a missing end cost, at most 0.35."
     words, said = len(reply.split()), [' '.join(s) for s in sentences(reply)]
     ends = reply.rstrip(' "\'*\n').endswith(('.', '!', '?', ')'))
     return min(max(words - 70, 0)*.005, .2) + .1*(len(set(said)) < len(said)) + .05*(not ends)
 
-# %% ../nbs/03_scenarios.ipynb #485dcb3d
+# %% ../nbs/03_scenarios.ipynb #6024df85
 def _parrots(reply, prompt, n=4):
     "True if most runs of `n` words of the reply stand in the prompt."
     def runs(text):
@@ -396,7 +396,7 @@ def _parrots(reply, prompt, n=4):
     own, theirs = runs(reply), set(runs(prompt))
     return sum(r in theirs for r in own) > len(own)/2
 
-# %% ../nbs/03_scenarios.ipynb #f417e01e
+# %% ../nbs/03_scenarios.ipynb #0303c431
 def score_airline(row:dict, # a row of the task: 'prompt' and 'cause'
     reply:str # what the model answered
     ) -> float:
@@ -414,7 +414,7 @@ def score_airline(row:dict, # a row of the task: 'prompt' and 'cause'
     if _parrots(reply, row['prompt']): s = min(s, .15)
     return round(max(s, 0.), 4)
 
-# %% ../nbs/03_scenarios.ipynb #929aa340
+# %% ../nbs/03_scenarios.ipynb #7b04480e
 scenarios = {}  # name -> function(seed=0) -> Task
 
 def scenario(f):
@@ -422,7 +422,7 @@ def scenario(f):
     scenarios[f.__name__] = f
     return f
 
-# %% ../nbs/03_scenarios.ipynb #2183f786
+# %% ../nbs/03_scenarios.ipynb #dafbbdda
 @scenario
 def airline(seed:int=0 # another seed, other rows from the same grammar
     ) -> Task:
@@ -431,7 +431,7 @@ def airline(seed:int=0 # another seed, other rows from the same grammar
     shots = tuple(next(r for r in train if r['cause'] == cause) for cause in ('ours', 'weather'))
     return Task('airline', train, valid, test, score_airline, _airline_instruction, shots)
 
-# %% ../nbs/03_scenarios.ipynb #a1073990
+# %% ../nbs/03_scenarios.ipynb #f0895a68
 _airline_instruction = (
     'You answer customers of an airline about delayed flights, in three short sentences. First say that you are sorry. '
     'Then say plainly whether the ticket is refunded: refund it only if the delay was our own fault, such as a technical '

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['schedules', 'lr_schedule', 'gradient_step', 'Progress', 'History', 'find_run', 'training_bytes', 'rows_of',
-           'question_of', 'evaluate', 'fit']
+           'question_of', 'evaluate', 'fit', 'sweep']
 
-# %% ../nbs/05_training.ipynb #4712e383
+# %% ../nbs/05_training.ipynb #411343dd
 import errno, hashlib, io, json, math, os, random, shutil, signal, sys, tempfile, threading, time, warnings
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,10 +22,10 @@ from .data import *
 from .data import pack as _pack
 from .speed import *
 
-# %% ../nbs/05_training.ipynb #e792918b
+# %% ../nbs/05_training.ipynb #6a40e6d0
 schedules = 'cosine', 'linear', 'constant'     # how the learning rate falls after the warmup
 
-# %% ../nbs/05_training.ipynb #cac3ab46
+# %% ../nbs/05_training.ipynb #2fe9030f
 def lr_schedule(
     name:str, # one of `schedules`
     steps:int, # of the run
@@ -39,7 +40,7 @@ def lr_schedule(
     rate = get_scheduler(name, opt, num_warmup_steps=w, num_training_steps=steps + (w > 0)).lr_lambdas[0]
     return [rate(i + (w > 0)) for i in range(steps)]
 
-# %% ../nbs/05_training.ipynb #1718a385
+# %% ../nbs/05_training.ipynb #33966265
 def gradient_step(
     acc, # an `accelerate.Accelerator`
     model, # the model, perhaps inside DistributedDataParallel
@@ -59,7 +60,7 @@ def gradient_step(
         loss_sum += loss.detach()
     return loss_sum, acc.clip_grad_norm_(params, math.inf if clip is None else clip)
 
-# %% ../nbs/05_training.ipynb #32590b08
+# %% ../nbs/05_training.ipynb #fc8dc6ae
 class Progress:
     "One line that says how far a run is: step, loss, tokens per second, time left."
     def __init__(self,
@@ -73,7 +74,7 @@ class Progress:
         self.notebook = ip is not None and getattr(ip.get_ipython(), 'kernel', None) is not None
         self.tty = not self.notebook and sys.stderr.isatty()
 
-# %% ../nbs/05_training.ipynb #a02da6c0
+# %% ../nbs/05_training.ipynb #c4bdbdb1
 @patch
 def update(self:Progress,
     step:int, # steps done
@@ -108,7 +109,7 @@ def _notebook(self:Progress, step, line):
     if self.handle is None: self.handle = display(data, raw=True, display_id=True)
     else: self.handle.update(data, raw=True)
 
-# %% ../nbs/05_training.ipynb #bd2057d5
+# %% ../nbs/05_training.ipynb #a9888cf0
 class History:
     "What happened in a run: `rows` (step, loss, lr, norm, seconds, tokens), `evals` (step, loss), and its `settings`."
     def __init__(self,
@@ -122,7 +123,7 @@ class History:
         return (f"History: {len(self.rows)} steps, loss {self.rows[0]['loss']:.4f} to {self.rows[-1]['loss']:.4f}, "
                 f"{sum(o['tokens'] for o in self.rows):,} tokens in {sum(o['seconds'] for o in self.rows):.0f} s")
 
-# %% ../nbs/05_training.ipynb #5bab718e
+# %% ../nbs/05_training.ipynb #418a31cc
 @patch(cls_method=True)
 def load(cls:History,
     path, # what `save` wrote
@@ -155,7 +156,7 @@ def _repr_png_(self:History):
     fig.savefig(out, format='png', dpi=80)
     return out.getvalue()
 
-# %% ../nbs/05_training.ipynb #1f665979
+# %% ../nbs/05_training.ipynb #73b3211e
 def _trainable(tuner):
     "The tensors of `tuner` that train, by name; ValueError if there is nothing to train."
     if tuner.model is None: raise ValueError(f'this {tuner.name} is not attached: attach(model) it before fit')
@@ -167,7 +168,7 @@ def _trainable(tuner):
                          'call requires_grad_(True) on them')
     return live
 
-# %% ../nbs/05_training.ipynb #c73c7beb
+# %% ../nbs/05_training.ipynb #2cc36d26
 def _check_gradients(tuner, live):
     "After the first backward pass: ValueError with the names of the tensors that got no gradient."
     if dead := [n for n, p in live.items() if p.grad is None]:
@@ -185,7 +186,7 @@ def _check_options(whole, positive, optional=('eval_every', 'pack', 'max_length'
         if k in positive and (not isinstance(v, (int, float)) or not 0 < v < math.inf):
             raise ValueError(f'{k}={v!r} must be a number above 0')
 
-# %% ../nbs/05_training.ipynb #6ec1c06d
+# %% ../nbs/05_training.ipynb #f5a4c469
 def find_run(
     out, # folder of the run, a `Path`; None: nothing is written
     resume:bool, # go on with what is there?
@@ -210,7 +211,7 @@ def _check_writable(out):
         with tempfile.TemporaryFile(dir=out) as f: f.write(b'0')
     except OSError as e: raise OSError(e.errno, f'{e.strerror}; nothing was trained', str(out)) from None
 
-# %% ../nbs/05_training.ipynb #efb32b1d
+# %% ../nbs/05_training.ipynb #8c53c02b
 def training_bytes(
     params, # the tensors that train, in the precision in which they do
 ) -> dict: # bytes: weights, gradients, means
@@ -219,7 +220,7 @@ def training_bytes(
     size = sum(p.numel()*p.element_size() for p in params)
     return dict(weights=size, gradients=size, means=8*sum(p.numel() for p in params))
 
-# %% ../nbs/05_training.ipynb #c5edb2b7
+# %% ../nbs/05_training.ipynb #3bdfc207
 def _check_room(tuner, live, out, show):
     "OSError if `out` has no room for two checkpoints, the old and the new. Says what a run takes that takes over 0.1 GB."
     b = training_bytes(live.values())
@@ -232,7 +233,7 @@ def _check_room(tuner, live, out, show):
     print(f"{tuner.name}: {sum(p.numel() for p in live.values()):,} numbers train in {sum(b.values())/1e9:.2f} GB ({parts})"
           + (f'; while it runs, {out} holds a checkpoint of {file/1e9:.2f} GB' if out else ''), file=sys.stderr)
 
-# %% ../nbs/05_training.ipynb #ed9546b5
+# %% ../nbs/05_training.ipynb #59d6aa29
 def _save_checkpoint(path, tuner, opt, hist):
     "Write tensors, Adam's means and history as one file, whole or not at all."
     tensors = {f'tensor.{n}': t for n, t in tuner.tensors.items()}
@@ -248,7 +249,7 @@ def _read_checkpoint(path):
     except (SafetensorError, TypeError, KeyError, ValueError) as e:
         raise ValueError(f'{path} is no checkpoint of a run ({e}): delete it to start afresh') from None
 
-# %% ../nbs/05_training.ipynb #835cf2f2
+# %% ../nbs/05_training.ipynb #7a7fbb2d
 def _restore(found, settings, tuner, opt):
     "Put tensors and optimizer back as the file `found` has them. Returns the history. ValueError if the settings differ."
     finished = found.name == 'history.json'
@@ -265,7 +266,7 @@ def _restore(found, settings, tuner, opt):
         opt.state[p] = dict(step=torch.tensor(float(len(hist.rows)))) | means
     return hist
 
-# %% ../nbs/05_training.ipynb #85991212
+# %% ../nbs/05_training.ipynb #f3797cdb
 @contextmanager
 def _patient():
     "Within it Ctrl-C only notes itself, once: yields a function that says whether it came."
@@ -280,7 +281,7 @@ def _patient():
     try: yield lambda: bool(came)
     finally: signal.signal(signal.SIGINT, old or signal.SIG_DFL)
 
-# %% ../nbs/05_training.ipynb #43017bcd
+# %% ../nbs/05_training.ipynb #393a18be
 @contextmanager
 def _training(model):
     "Within it every module is in training mode, and checkpointing works above frozen embeddings."
@@ -294,7 +295,7 @@ def _training(model):
         for m, mode in modes: m.training = mode
         for m, f in old: m._gradient_checkpointing_func = f
 
-# %% ../nbs/05_training.ipynb #7de4d859
+# %% ../nbs/05_training.ipynb #b74865cc
 def rows_of(
     task:Task, # that holds them
     split:str, # 'train', 'valid' or 'test'
@@ -321,7 +322,7 @@ def _mean_loss(model, tok, enc, batch_size):
             losses.append([float(o) for o in supervised_loss(model, batch)])
     return sum(l for l, _ in losses) / sum(n for _, n in losses)
 
-# %% ../nbs/05_training.ipynb #da43c891
+# %% ../nbs/05_training.ipynb #de9c726d
 def question_of(
     row:dict, # of a task
 ) -> list: # of {role, content}
@@ -329,7 +330,7 @@ def question_of(
     m = messages_of(row)
     return m[:max(i for i, o in enumerate(m) if o['role'] == 'assistant')]
 
-# %% ../nbs/05_training.ipynb #50dea28b
+# %% ../nbs/05_training.ipynb #075db435
 def evaluate(
     model, # a model, perhaps with a tuner attached
     tok, # its tokenizer
@@ -348,7 +349,7 @@ def evaluate(
     replies = generate(model, tok, [question_of(r) for r in rows], max_new_tokens, batch_size)
     return res | dict(score=sum(task.score(r, o) for r, o in zip(rows, replies))/len(rows))
 
-# %% ../nbs/05_training.ipynb #6c5a4c91
+# %% ../nbs/05_training.ipynb #6b1b0b70
 def _accelerator():
     "One device or several (under `torchrun` or `accelerate launch`), in the model's own precision."
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -388,7 +389,7 @@ def _seed(seed, step, rank):
     "Chance in a step is a function of the seed, the step and the process: no state of a generator needs to be kept."
     torch.manual_seed(random.Random(f'{seed} {step} {rank}').getrandbits(63))
 
-# %% ../nbs/05_training.ipynb #adaf7352
+# %% ../nbs/05_training.ipynb #46077ee6
 def _settings(tuner, task, enc, options):
     "What two runs must share for one to go on where the other stopped, as JSON has it."
     data = hashlib.sha256(repr([(e['input_ids'], e['labels']) for e in enc]).encode()).hexdigest()[:16]
@@ -407,7 +408,7 @@ def _interrupted(step, steps, out):
     if out: how = f'run the same call with resume=True to go on from {out}'
     return KeyboardInterrupt(f'stopped after step {step} of {steps}: {how}')
 
-# %% ../nbs/05_training.ipynb #bc1426e7
+# %% ../nbs/05_training.ipynb #6e2394f3
 def _train(tuner, wrapped, tok, enc, valid, opt, rates, hist, eval_every, out, acc):
     "The steps that `hist` lacks. `wrapped` is the tuner's model as `acc` prepared it."
     s, model, live, first, saved = hist.settings, tuner.model, _trainable(tuner), len(hist.rows), len(hist.rows)
@@ -446,7 +447,7 @@ def _finish(tuner, hist, out):
     hist.save(out/'history.json')
     for f in out.glob('*checkpoint.safetensors*'): shutil.rmtree(f) if f.is_dir() else f.unlink()    # and what a killed run left
 
-# %% ../nbs/05_training.ipynb #72ade830
+# %% ../nbs/05_training.ipynb #e6073d9f
 def fit(
     tuner:Tuner, # attached to its model
     tok, # the model's tokenizer
@@ -486,3 +487,26 @@ def fit(
     if out and acc.is_main_process: _finish(tuner, hist, out)
     acc.wait_for_everyone()
     return hist
+
+# %% ../nbs/05_training.ipynb #e356eb72
+def sweep(
+    make, # function that makes a new tuner
+    model, # the base, with no tuner attached
+    tok, # its tokenizer
+    task:Task, # its `train` rows teach, its `valid` rows judge
+    rates, # the learning rates to try
+    steps:int=30, # of each run
+    batch_size:int=4, # rows in a step
+    n:int=24, # rows of `valid`
+    seed:int=0, # of the tensors at the start, and of the order of the rows
+) -> dict: # learning rate -> loss per supervised token
+    "The loss on held-out rows after a short run at each learning rate. The model is left as it was."
+    losses = {}
+    for lr in rates:
+        torch.manual_seed(seed)
+        tuner = make().attach(model)
+        try:
+            fit(tuner, tok, task, steps=steps, lr=lr, batch_size=batch_size, seed=seed)
+            losses[lr] = evaluate(model, tok, replace(task, score=None), 'valid', n)['loss']
+        finally: tuner.detach()
+    return losses

@@ -1,6 +1,7 @@
 """The same work, ours and the peer's, in one run: step times, peak memory and their ratio.
 
     python tests/bench_peers.py [--method lora | all] [--dtype bf16 | fp32] [--steps 7] [--json]
+    python tests/bench_peers.py --method quantize     (our NF4 and bitsandbytes', both precisions, one matrix of 4096 x 4096)
 
 Each side runs in a process of its own; the two take their steps in turn, so that the machine's drift meets both. Before any time
 is printed, losses and adapter gradients of the two must agree. SmolLM2, batch 8 x 128, the last 32 tokens of a row supervised."""
@@ -140,14 +141,40 @@ def agree(folder, first, dtype):
     if gap > dict(bf16=.05, fp32=1e-4)[dtype] or cos < dict(bf16=.99, fp32=.99999)[dtype]: sys.exit(f'the sides differ: losses {first[0]["loss"]}, {first[1]["loss"]}, cosine of the gradients {cos}')
     return gap, cos
 
+# --- quantization: no model and no step, so one process and one matrix
+
+def quantizing(dtype, steps):
+    "NF4 at block 64 of one matrix: our torch backend quantizes, our door dequantizes, bitsandbytes does both; in turn. Exits if the numbers differ."
+    import bitsandbytes.functional as F, torch
+    from peftbook.quantization import quantize_tensor, _quantize_torch
+    dt = dict(bf16=torch.bfloat16, fp32=torch.float32)[dtype]
+    w = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).to(dt)
+    q, (codes, state) = quantize_tensor(w), F.quantize_4bit(w, blocksize=64, quant_type='nf4')
+    if not (torch.equal(q.codes, codes.flatten()) and torch.equal(q.dequantize(), F.dequantize_4bit(codes, state))): sys.exit('the sides differ')
+    pairs = dict(quantize=(lambda: _quantize_torch(w.view(-1), 4, 'nf4', 64), lambda: F.quantize_4bit(w, blocksize=64, quant_type='nf4')),
+                 dequantize=(q.dequantize, lambda: F.dequantize_4bit(codes, state)))
+    for what, pair in pairs.items():
+        rows = [[seconds(f) for f in pair] for _ in range(steps + 1)][1:] # the first turn warms up
+        ours, peer = [median(r[i] for r in rows) for i in (0, 1)]
+        yield dict(method=what, dtype=dtype, steps=steps, ours=ours, peer=peer, faster=median(r[1]/r[0] for r in rows), ours_weights=w.numel()/ours, peer_weights=w.numel()/peer)
+
+def seconds(f):
+    t = time.perf_counter()
+    f()
+    return time.perf_counter() - t
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--method', default='all', choices=['all', *sides])
+    p.add_argument('--method', default='all', choices=['all', *sides, 'quantize'])
     p.add_argument('--dtype', default='bf16', choices=['bf16', 'fp32'])
     p.add_argument('--steps', type=int, default=7)
     p.add_argument('--json', action='store_true')
     args = p.parse_args()
-    for m in sides if args.method == 'all' else [args.method]:
+    for dtype in ('fp32', 'bf16') if args.method in ('all', 'quantize') else ():
+        for r in quantizing(dtype, args.steps):
+            if args.json: print(json.dumps(r))
+            else: print(f"{r['method']} {dtype}: ours {r['ours_weights']/1e6:,.0f} million weights/s, bitsandbytes {r['peer_weights']/1e6:,.0f}: {r['faster']:.2f} times as fast")
+    for m in sides if args.method == 'all' else [args.method] if args.method in sides else ():
         r = compare(m, args.dtype, args.steps)
         if args.json: print(json.dumps(r))
         else: print(f"{m} {args.dtype}: ours {r['ours']:.2f} s a step ({r['ours_tokens']:,.0f} tokens/s, {r['ours_mb']:,.0f} MB above the model), "

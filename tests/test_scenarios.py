@@ -115,7 +115,7 @@ decisions = {
             'We are not in a position to refund your ticket.', "It's not possible to refund your ticket.", 'Please note that no refund can be given.',
             'We only refund when it is our fault, so here there is no refund.', 'Your request for a refund was denied.',
             "You don't get any money back.", 'Instead of a refund, we offer a voucher.', "We'd love to refund you, but that is not possible.",
-            'Refunds are unavailable.', 'Neither a refund nor a new ticket is due.', 'Your fare will not be returned.'],
+            'Refunds are unavailable.', 'Nobody can grant a refund here.', 'None of our staff can refund your fare.', 'Neither a refund nor a new ticket is due.', 'Your fare will not be returned.'],
     '':    ["A refund is indeed possible, but it's not a default option.", 'You cannot request a refund here.', 'We will do our best to refund you.', 'A refund is possible.', 'You can ask for a refund.', 'Would you like a refund?',
             'We will check whether you get a refund.', 'Please see our refund policy.', 'You asked for a refund.', 'Refunds may not be available.',
             'We hope to refund you.', 'Usually we refund such tickets.', 'We are sorry.', 'If you would like a refund, we will tell you more.'],
