@@ -137,7 +137,7 @@ def _nest(scales):
     top = d.abs().amax(1)
     place = ((d*(1/top)[:, None] + 1)*32767.5 + .5).int().clamp_(0, 65535) # where all are equal, 0/0: any code will do, bitsandbytes takes 0
     codes = _dynamic_tables(scales.device)[1].index_select(0, place.flatten()).view(-1, 256)
-    return dict(scales=(codes*(top > 0)[:, None]).flatten()[:n], scale_max=top, scale_mean=mean)
+    return dict(scales=(codes*(top > 0)[:, None]).flatten()[:n].clone(), scale_max=top, scale_mean=mean) # a view would keep the padding
 
 def _unnest(codes, top, mean):
     n = len(codes)

@@ -1,6 +1,7 @@
 "The quantization routine: against bitsandbytes bit for bit, against brute force, by its properties, and its files."
-import json, sys, types
+import json, subprocess, sys, types
 from copy import deepcopy
+from pathlib import Path
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -224,3 +225,33 @@ def test_damaged_files(tmp_path):
     f.write_bytes(f.read_bytes()[:-50])
     with pytest.raises(ValueError, match='cannot be read as safetensors'): load_quantized(tmp_path)
     with pytest.raises(ValueError, match='no quantized layer'): save_quantized(tiny_model('llama')[0], tmp_path/'n')
+
+PEAK = """
+import json, re, sys
+from pathlib import Path
+from peftbook.models import load_model
+from peftbook.quantization import QuantLinear, _bnb, load_quantized, quantize, storage_bytes
+_bnb() # asking for the second backend imports it
+quantize(load_model('tiny:llama')[0])
+def kb(what): return int(re.search(rf'{what}:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])
+Path('/proc/self/clear_refs').write_text('5') # the peak counts from here
+before = kb('VmRSS')
+model, _ = load_quantized(**json.loads(sys.argv[1]))
+peak, largest = 1024*(kb('VmHWM') - before), max(p.numel()*p.element_size() for p in model.parameters())
+layers = [m.quantized for m in model.modules() if isinstance(m, QuantLinear)]
+bits = 8*sum(q.nbytes for q in layers)/sum(q.shape.numel() for q in layers)
+own = sum(q.nbytes for q in layers) + sum(t.numel()*t.element_size() for m in model.modules() if not isinstance(m, QuantLinear) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
+embed = model.get_input_embeddings().weight.nbytes # the head is the same tensor, and is counted twice above
+print('>' + json.dumps(dict(peak=peak, largest=largest, bytes=storage_bytes(model), own=own - embed, bits=bits, layers=len(layers))))
+"""
+
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='the peak of a process is read as Linux tells it')
+@pytest.mark.parametrize('options,most', [(dict(), 4.13), (dict(bits=5, codebook='nf'), 5.13)], ids=['nf4', '5 bits'])
+def test_smollm2_is_quantized_as_it_is_read(options, most):
+    "Never the dense model in memory: the peak stays below the quantized model and two of its largest tensors; the bits are those stored."
+    out = subprocess.run([sys.executable, '-c', PEAK, json.dumps(options)], capture_output=True, text=True, check=True).stdout
+    r = json.loads(out[out.rindex('>') + 1:])
+    print(r)
+    assert r['peak'] < r['bytes'] + 2*r['largest']
+    assert r['layers'] == 210 and options.get('bits', 4) < r['bits'] <= most
+    assert r['bytes'] == r['own']
