@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['low_rank', 'AddLowRank', 'LowRank', 'LoRALinear', 'LoRA']
 
-# %% ../nbs/21_lora.ipynb #590f7f45
+# %% ../nbs/21_lora.ipynb #b81a899c
 import math
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from fastcore.basics import patch
 from .core import *
 
-# %% ../nbs/21_lora.ipynb #b2f2dc79
+# %% ../nbs/21_lora.ipynb #f1d20a51
 def low_rank(
     W:torch.Tensor, # out x in
     r:int, # rank, from 1 to the smaller side
@@ -24,7 +24,7 @@ def low_rank(
     root = S[:r].sqrt()
     return U[:, :r]*root, root[:, None]*Vh[:r]
 
-# %% ../nbs/21_lora.ipynb #7107e2a1
+# %% ../nbs/21_lora.ipynb #3f00b8ae
 class AddLowRank(torch.autograd.Function):
     """`y + scale * (x A^T) B^T` for x (tokens x in), y (tokens x out), A (r x in), B (out x r). The products run in y's precision,
     A and B may be in fp32; their gradients come back in their own precision."""
@@ -44,7 +44,7 @@ class AddLowRank(torch.autograd.Function):
         dx = g @ A.to(dy.dtype) if ctx.needs_input_grad[1] else None # no gradient below the first trained layer
         return dy, dx, (g.T @ x).to(A.dtype), ((dy.T @ h)*ctx.scale).to(B.dtype), None
 
-# %% ../nbs/21_lora.ipynb #de5e4425
+# %% ../nbs/21_lora.ipynb #e716a7ec
 class LowRank(nn.Module):
     "The update `scale * B A` of some rows of a linear layer's output."
     def __init__(self,
@@ -63,7 +63,7 @@ class LowRank(nn.Module):
         self.B = nn.Parameter(torch.zeros(n_out, r, device=device))
     def factors(self): "A and B."; return self.A, self.B
 
-# %% ../nbs/21_lora.ipynb #08fccbc7
+# %% ../nbs/21_lora.ipynb #c9c10326
 @patch
 def forward(self:LowRank, y, x):
     "`y` with the update of `x` added; y is tokens x out, x is tokens x in."
@@ -74,7 +74,7 @@ def forward(self:LowRank, y, x):
     if isinstance(self.rows, slice): return torch.cat((y[:, :self.rows.start], part, y[:, self.rows.stop:]), 1)
     return y.index_copy(1, self.rows.to(y.device), part)
 
-# %% ../nbs/21_lora.ipynb #ee4e0751
+# %% ../nbs/21_lora.ipynb #149bf804
 class LoRALinear(Wrapper):
     "A linear layer of any make with one low-rank update, or with one for each of the parts of a fused layer."
     def __init__(self,
@@ -93,7 +93,7 @@ class LoRALinear(Wrapper):
             self.add_module(name, LowRank(n_in, n, r, scale, dropout, rows, device))
     def updates(self): "Its `LowRank` modules."; return [getattr(self, n) for n in self.parts]
 
-# %% ../nbs/21_lora.ipynb #19a7c219
+# %% ../nbs/21_lora.ipynb #2c57a2de
 @patch
 def forward(self:LoRALinear, x):
     y = self.base(x)
@@ -110,7 +110,7 @@ def delta(self:LoRALinear) -> torch.Tensor: # out x in, fp32
         d[slice(None) if u.rows is None else u.rows] += u.scale*(B @ A)
     return d
 
-# %% ../nbs/21_lora.ipynb #baa1cb3a
+# %% ../nbs/21_lora.ipynb #c13f7c78
 class LoRA(Tuner):
     "Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685, section 4): the update `alpha/r * B A` beside the linear layers named."
     lr = 1e-2
@@ -129,7 +129,7 @@ class LoRA(Tuner):
     @property
     def scale(self): "What the product B A is multiplied by."; return self.alpha/(math.sqrt(self.r) if self.rslora else self.r)
 
-# %% ../nbs/21_lora.ipynb #c855fa18
+# %% ../nbs/21_lora.ipynb #cccb1ddf
 @patch
 def edits(self:LoRA, model):
     for s in find_sites(model, self.targets):
@@ -138,7 +138,7 @@ def edits(self:LoRA, model):
         if self.init == 'pissa': _start_pissa(new)
         yield Swap(s.name, new)
 
-# %% ../nbs/21_lora.ipynb #4d7dd805
+# %% ../nbs/21_lora.ipynb #cdf579ca
 class _FromStart(LowRank):
     "An update that counts from where it started: `scale * (B A - B0 A0)`. The start is kept and saved, for an SVD is not the same everywhere."
     def factors(self): return torch.cat((self.A, self.A0)), torch.cat((self.B, -self.B0), 1)
