@@ -36,6 +36,8 @@ def test_bitsandbytes_bit_for_bit(name, dtype, double):
             same = dict(codes=(q.codes, codes.flatten()), scales=(q.scales, state.absmax), dense=(q.dequantize(), F.dequantize_4bit(codes, state).view(w.shape)))
             if double: same |= dict(top=(q.tensors['scale_max'], state.state2.absmax), mean=(q.tensors['scale_mean'], state.offset))
             for k, (a, b) in same.items(): assert torch.equal(a, b), (what, block, k)
+            # our own backend, asked past the door, which may have taken bitsandbytes
+            assert torch.equal(Q._quantize_torch(w.reshape(-1), 4, name, block)['codes'], codes.flatten()), (what, block)
             assert torch.equal(Q._dequantize_torch(q, dtype), q.dequantize()), (what, block)
 
 def test_codes_are_bitsandbytes():
