@@ -23,8 +23,9 @@ from .prefix_tuning import *
 from .adapters import *
 from .lora import *
 from .quantization import *
+from .qlora import *
 
 # %% ../nbs/91_all.ipynb #614d896c
 _modules = ('models core data scenarios speed training evaluation full soft_prompting prompt_tuning prefix_tuning '
-            'adapters lora quantization').split()
+            'adapters lora quantization qlora').split()
 __all__ = [name for m in _modules for name in sys.modules[f'peftbook.{m}'].__all__]

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['STEPS', 'BATCH', 'main']
 
-# %% ../nbs/90_cli.ipynb #4defae25
+# %% ../nbs/90_cli.ipynb #493761f3
 import argparse, inspect, json, sys
 from pathlib import Path
 
-# %% ../nbs/90_cli.ipynb #398a51df
+# %% ../nbs/90_cli.ipynb #b7c1dc79
 def _words(text):
     "One target, or several parted by commas."
     return text.split(',') if ',' in text else text
@@ -19,7 +19,7 @@ def _kind(p):
     if p.name == 'targets': return _words
     return p.annotation if p.annotation in (int, float) else str
 
-# %% ../nbs/90_cli.ipynb #7ca204b7
+# %% ../nbs/90_cli.ipynb #246ed4ba
 def _add_options(parser, cls):
     "Give `parser` an option for each argument of a method's class."
     from fastcore.docments import docments
@@ -27,10 +27,10 @@ def _add_options(parser, cls):
     for p in inspect.signature(cls).parameters.values():
         if p.annotation is list or p.name == 'seed': continue # rows, which only a task can give; the seed is the run's
         flag, about = '--' + p.name.replace('_', '-'), (docs.get(p.name) or '') + ('' if p.default is None else ' (default: %(default)s)')
-        if isinstance(p.default, bool): parser.add_argument(flag, action='store_true', help=about)
+        if isinstance(p.default, bool): parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=p.default, help=about)
         else: parser.add_argument(flag, type=_kind(p), default=p.default, metavar=p.name.upper(), help=about)
 
-# %% ../nbs/90_cli.ipynb #0937fa1c
+# %% ../nbs/90_cli.ipynb #bd4493aa
 def _task(args):
     "The scenario or the user's own rows."
     from peftbook.data import Task
@@ -39,7 +39,7 @@ def _task(args):
     if args.task not in scenarios: raise ValueError(f"there is no task {args.task!r}; there are {', '.join(scenarios)}, or --data with rows of your own")
     return scenarios[args.task]()
 
-# %% ../nbs/90_cli.ipynb #a18b92df
+# %% ../nbs/90_cli.ipynb #97b5d741
 def _answers(title, model, tok, task):
     "Print how the model answers the first test request, and return what it scores."
     from peftbook.data import messages_of
@@ -54,16 +54,23 @@ def _answers(title, model, tok, task):
     print(f"  on {min(48, len(task.test))} test rows: loss {res['loss']:.3f}{score}", flush=True)
     return res
 
-# %% ../nbs/90_cli.ipynb #957a2dae
+# %% ../nbs/90_cli.ipynb #e8335e30
+def _base(name, config):
+    "The base of a tuner with these options. For one that wants few bits it is quantized while it is read, and never there in full."
+    from peftbook.models import load_model
+    if 'bits' not in config: return load_model(name)
+    from peftbook.quantization import load_quantized
+    return load_quantized(name, **{k: config[k] for k in ('bits', 'codebook', 'block_size', 'double_quant')})
+
+# %% ../nbs/90_cli.ipynb #bd05f643
 def _tune(args):
     import torch
     from peftbook.core import methods, write_atomic
-    from peftbook.models import load_model
     from peftbook.training import find_run, fit
     cls, task, out = methods[args.method], _task(args), args.out or (args.task or Path(args.data).stem)
     tuner = cls(**{k: getattr(args, k) for k in inspect.signature(cls).parameters if hasattr(args, k)}).for_task(task)
     find_run(Path(out), args.resume) # all that can be refused is refused before a model is loaded
-    model, tok = load_model(args.model)
+    model, tok = _base(args.model, {} if getattr(tuner, 'init', '') == 'loftq' else tuner.config) # LoftQ looks at the dense weights
     torch.manual_seed(args.seed)
     tuner.attach(model)
     with tuner.disabled(): before = _answers('before', model, tok, task)
@@ -75,19 +82,19 @@ def _tune(args):
     write_atomic(Path(out)/'scores.json', json.dumps(dict(before=before, after=after), indent=2).encode())
     print(f"\nthe adapter lies in {out}/ ({c['bytes']/1e6:.2f} MB). Ask it something:\n  peftbook generate --adapter {out} \"My flight was late because of snow.\"")
 
-# %% ../nbs/90_cli.ipynb #1555f6d1
+# %% ../nbs/90_cli.ipynb #c07b6147
 def _registry():
     "The book's methods; each registers itself on import."
-    from peftbook import adapters, full, lora, prefix_tuning, prompt_tuning, soft_prompting
+    from peftbook import adapters, full, lora, qlora, prefix_tuning, prompt_tuning, soft_prompting
     from peftbook.core import methods
     return methods
 
 def _generate(args):
     _registry()
     from peftbook.core import Tuner, adapter_info
-    from peftbook.models import generate, load_model
+    from peftbook.models import generate
     info = adapter_info(args.adapter)
-    model, tok = load_model(args.model or info['base']['name'])
+    model, tok = _base(args.model or info['base']['name'], info['config'])
     tuner = Tuner.load(args.adapter, model, base_mismatch='warn' if args.any_base else 'raise')
     for prompt in args.prompt:
         with tuner.disabled(): base = generate(model, tok, [prompt], args.max_new_tokens)[0]
@@ -100,7 +107,7 @@ def _methods(args):
     for name, cls in _registry().items():
         print(f'{name:16} {_about(cls)}\n{"":16} lr {cls.lr:g}, ' + ', '.join(f'{k} {p.default}' for k, p in inspect.signature(cls).parameters.items()))
 
-# %% ../nbs/90_cli.ipynb #ac651a08
+# %% ../nbs/90_cli.ipynb #6f0189c5
 def _positive(text):
     "A whole number from 1."
     if not text.isdigit() or int(text) < 1: raise argparse.ArgumentTypeError(f'{text!r} is no whole number from 1')
@@ -113,7 +120,7 @@ def _rate(text):
     if not 0 < x < float('inf'): raise argparse.ArgumentTypeError(f'{text!r} is no number above 0')
     return x
 
-# %% ../nbs/90_cli.ipynb #a875f2aa
+# %% ../nbs/90_cli.ipynb #158397e4
 def _parser():
     top = argparse.ArgumentParser('peftbook', description='Fine-tune language models with few parameters.')
     sub = top.add_subparsers(dest='command', required=True, metavar='tune | generate | methods')
@@ -128,7 +135,7 @@ def _parser():
     sub.add_parser('methods', help='list the methods and their options').set_defaults(run=_methods)
     return top
 
-# %% ../nbs/90_cli.ipynb #aa845858
+# %% ../nbs/90_cli.ipynb #c1361a44
 def _tune_parser(p, methods):
     "The options of `tune`: one sub-command a method, those of the method and those that all share."
     sub = p.add_subparsers(dest='method', required=True, metavar=' | '.join(methods))
@@ -147,7 +154,7 @@ def _tune_parser(p, methods):
         _add_options(m.add_argument_group(f'options of {name}'), cls)
         m.set_defaults(run=_tune)
 
-# %% ../nbs/90_cli.ipynb #06a241ee
+# %% ../nbs/90_cli.ipynb #1b200e81
 STEPS, BATCH = 120, 4 # small batches and more of them: the best score in the four minutes that two cores take
 
 def main(

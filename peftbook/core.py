@@ -7,8 +7,8 @@ __all__ = ['methods', 'Wrapper', 'Swap', 'Hook', 'Patch', 'Site', 'features', 'w
            'fingerprint', 'write_atomic', 'save_tensors', 'Tuner', 'versions', 'read_adapter', 'adapter_info',
            'checkpoint_activations', 'check_tuner', 'module_hash', 'stamp']
 
-# %% ../nbs/01_core.ipynb #ff01b243
-import ast, errno, hashlib, inspect, json, os, re, tempfile
+# %% ../nbs/01_core.ipynb #3b7b26b4
+import ast, errno, hashlib, inspect, json, math, os, re, tempfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 
-# %% ../nbs/01_core.ipynb #775fdf90
+# %% ../nbs/01_core.ipynb #1e6d55bf
 class Wrapper(nn.Module):
     "Stands in the place of the layer `base`, which it keeps whole; unknown attributes are the base's."
     def __init__(self,
@@ -35,7 +35,7 @@ class Wrapper(nn.Module):
             if k == 'base': raise
             return getattr(self.base, k)
 
-# %% ../nbs/01_core.ipynb #19c4519e
+# %% ../nbs/01_core.ipynb #7fb92ada
 def _own(
     m:nn.Module, # a module
     base:nn.Module=None, # its tensors do not count
@@ -44,7 +44,7 @@ def _own(
     old = {id(t) for t in (*base.parameters(), *base.buffers())} if base is not None else set()
     return {n: t for n, t in m.state_dict(keep_vars=True).items() if id(t) not in old}
 
-# %% ../nbs/01_core.ipynb #acda7fb2
+# %% ../nbs/01_core.ipynb #51a9b1bd
 class Swap:
     "An edit: the submodule called `name` is replaced by the wrapper `new`."
     def __init__(self,
@@ -55,7 +55,7 @@ class Swap:
     def apply(self, model): model.set_submodule(self.name, self.new)
     def undo(self, model): model.set_submodule(self.name, self.new.base)
 
-# %% ../nbs/01_core.ipynb #31528fed
+# %% ../nbs/01_core.ipynb #cfc00f23
 class Hook:
     "An edit: `fn` is registered on the submodule `name`, and `params` become parameters of that submodule."
     def __init__(self,
@@ -67,7 +67,7 @@ class Hook:
     ): self.name, self.fn, self.kind, self.with_kwargs, self.params = name, fn, kind, with_kwargs, params or {}
     def tensors(self): return {f'{self.name}.{n}'.lstrip('.'): p for n, p in self.params.items()}
 
-# %% ../nbs/01_core.ipynb #957296d2
+# %% ../nbs/01_core.ipynb #adb8d6fc
 @patch
 def apply(self:Hook, model):
     m = model.get_submodule(self.name)
@@ -81,7 +81,7 @@ def undo(self:Hook, model):
     self.handle.remove()
     for n in self.params: del model.get_submodule(self.name)._parameters[n]
 
-# %% ../nbs/01_core.ipynb #18ad8197
+# %% ../nbs/01_core.ipynb #7b99364e
 class Patch:
     "An edit: the forward of the submodule `name` is replaced by `forward(module, *args, **kwargs)`. It owns no tensor."
     def __init__(self,
@@ -98,7 +98,7 @@ class Patch:
         if self.old is None: del m.forward
         else: m.forward = self.old
 
-# %% ../nbs/01_core.ipynb #1f9c3b76
+# %% ../nbs/01_core.ipynb #62795a6e
 @dataclass
 class Site:
     "A linear layer of a model and the parts of its output that are meant."
@@ -106,7 +106,7 @@ class Site:
     module:nn.Module # the layer
     parts:dict = field(default_factory=dict) # role -> output rows (slice or index tensor); {'': None} is the whole layer
 
-# %% ../nbs/01_core.ipynb #5cea28c1
+# %% ../nbs/01_core.ipynb #033a0389
 # The last one or two parts of a layer's name -> its role.
 _roles = {'q_proj': 'q', 'k_proj': 'k', 'v_proj': 'v', 'o_proj': 'o', 'out_proj': 'o', 'attn.c_proj': 'o',
     'attention.dense': 'o', 'self_attention.dense': 'o', 'gate_proj': 'gate', 'up_proj': 'up', 'down_proj': 'down',
@@ -116,7 +116,7 @@ _fused = {'c_attn': ('qkv', 'stacked'), 'qkv_proj': ('qkv', 'stacked'), 'gate_up
     'query_key_value': ('qkv', 'by head')}
 _role_names = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 
-# %% ../nbs/01_core.ipynb #1eddb3e9
+# %% ../nbs/01_core.ipynb #4e8793c2
 def features(
     m:nn.Module, # any module
 ) -> tuple: # (in, out), or None if it is no linear layer
@@ -130,7 +130,7 @@ def weight_of(
     "The weight of a dense linear layer as a matrix with a row per output. `Conv1D` stores its transpose (peft#193)."
     return m.weight.T if type(m).__name__ == 'Conv1D' else m.weight
 
-# %% ../nbs/01_core.ipynb #988e0cfd
+# %% ../nbs/01_core.ipynb #f58ae3f9
 def _suffix(name, table):
     "The key of `table` that is the end of `name`, or None."
     parts = name.split('.')
@@ -154,7 +154,7 @@ def _rows(cfg, module, name, key):
     ends = torch.tensor(sizes).cumsum(0).tolist()
     return {r: slice(e-s, e) for r, e, s in zip(roles, ends, sizes)}
 
-# %% ../nbs/01_core.ipynb #df560a31
+# %% ../nbs/01_core.ipynb #235fed96
 def _sites_of(model):
     "Every linear layer but the output head, with its roles: {role: rows or None} (empty where the name is not known)."
     head = model.get_output_embeddings() if hasattr(model, 'get_output_embeddings') else None
@@ -164,7 +164,7 @@ def _sites_of(model):
 def _is_role(t): return t in _role_names or (t != '' and set(t) <= set('qkvo'))
 def _letters(t): return [t] if t in _role_names else list(t)
 
-# %% ../nbs/01_core.ipynb #c6242aef
+# %% ../nbs/01_core.ipynb #5166ea10
 def name_test(
     target:str, # a name, or the end of one ('q_proj'); a glob ('model.layers.0.*'); or a pattern that begins with ^
 ): # function: name -> does it fit?
@@ -173,7 +173,7 @@ def name_test(
     if set(target) & set('*?['): return lambda name: fnmatchcase(name, target)
     return lambda name: name == target or name.endswith('.' + target)
 
-# %% ../nbs/01_core.ipynb #f2d0b32c
+# %% ../nbs/01_core.ipynb #8fe0b3f7
 def _match(model, target):
     "Yield the `Site`s that one target names."
     if target == 'all-linear':
@@ -190,7 +190,7 @@ def _match(model, target):
         for name, m in model.named_modules():
             if features(m) and hit(name): yield Site(name, m, {'': None})
 
-# %% ../nbs/01_core.ipynb #3290ad41
+# %% ../nbs/01_core.ipynb #6880f2d5
 def find_sites(
     model:nn.Module, # a transformers model
     targets, # 'qv' (roles), 'all-linear', a name's end, a glob, a pattern that begins with ^; or a list of these
@@ -209,7 +209,7 @@ def find_sites(
     order = {n: i for i, (n, _) in enumerate(model.named_modules())}
     return sorted(found.values(), key=lambda s: order[s.name])
 
-# %% ../nbs/01_core.ipynb #0079be21
+# %% ../nbs/01_core.ipynb #681a1082
 def fingerprint(
     model:nn.Module, # with or without a tuner attached
 ) -> str: # 'layers-values', 16 hex digits each
@@ -228,7 +228,7 @@ def fingerprint(
         vals = x.bfloat16().view(torch.int16).numpy().tobytes()
     return '-'.join(hashlib.sha256(b).hexdigest()[:16] for b in ('\n'.join(sorted(lines)).encode(), vals))
 
-# %% ../nbs/01_core.ipynb #3784e9e6
+# %% ../nbs/01_core.ipynb #ffbf2151
 def write_atomic(
     path, # the file
     data:bytes, # all that it shall hold
@@ -247,7 +247,7 @@ def write_atomic(
         if isinstance(e, OSError): raise OSError(e.errno, f'{e.strerror}; nothing was written', str(path)) from None
         raise
 
-# %% ../nbs/01_core.ipynb #3961a062
+# %% ../nbs/01_core.ipynb #ab6cf7c6
 def save_tensors(
     path, # the file
     tensors:dict, # name -> tensor
@@ -268,13 +268,13 @@ def save_tensors(
         code = e.errno if isinstance(e, OSError) else int((re.search(r'os error (\d+)', str(e)) or (0, errno.EIO))[1])
         raise OSError(code, f'{os.strerror(code)}; nothing was written', str(path)) from None
 
-# %% ../nbs/01_core.ipynb #e9310f1e
+# %% ../nbs/01_core.ipynb #2347a46a
 def _adamw(tuner, params, lr):
     "Tensors in a low precision would lose small steps (peft#1249). No weight decay: zero is mostly the untuned base."
     for p in tuner.params.values(): p.data = p.data.float()
     return torch.optim.AdamW(params, lr=lr, weight_decay=0.)
 
-# %% ../nbs/01_core.ipynb #9c7299a7
+# %% ../nbs/01_core.ipynb #5468cd17
 methods = {} # the registry: name -> class
 
 def _snake(cls): return re.sub('(?<=[a-z])(?=[A-Z][a-z])', '_', cls.__name__).lower() # PromptTuning -> prompt_tuning, LoRA -> lora
@@ -289,11 +289,12 @@ class Tuner:
     def edits(self, model): "Yield the edits (`Swap`, `Hook`, `Patch`) of this method."; raise NotImplementedError(f'{type(self).__name__} does not say what it edits')
     def messages(self, messages): "What stands in for these chat messages; words in front are put here."; return messages
     def optimizer(self, params, lr): "What `fit` moves `params` with: AdamW, all in fp32."; return _adamw(self, params, lr)
+    def prepare(self, model): "Change the base itself, for good, once all that could be refused was: QLoRA quantizes it here."
     def start(self, model): "Bring fresh tensors to their start, where that takes a run of the model."
     def for_task(self, task): "Take from a task what its author says of it; most methods learn from the rows alone."; return self
     def final(self): "The tensors and the options for the file; a method takes down here what only training needs."; return self.tensors, self.config
 
-# %% ../nbs/01_core.ipynb #f76d706b
+# %% ../nbs/01_core.ipynb #3c5478c6
 @patch(as_prop=True)
 def config(self:Tuner) -> dict:
     "The options it was made with."
@@ -304,7 +305,7 @@ def name(self:Tuner) -> str:
     "The method's name in the registry, in files and on the command line."
     return _snake(type(self))
 
-# %% ../nbs/01_core.ipynb #f7bc9742
+# %% ../nbs/01_core.ipynb #a9046c8c
 @patch
 def _apply(self:Tuner):
     "Apply all edits, or none."
@@ -321,7 +322,7 @@ def _undo(self:Tuner):
     for e in reversed(self._edits): e.undo(self._home)
     del self._home.tuner
 
-# %% ../nbs/01_core.ipynb #3e19b43c
+# %% ../nbs/01_core.ipynb #d1f3d2e7
 @patch
 def _build(self:Tuner, model, fresh=True):
     "Make the edits for `model` without applying them; tensors that are not `fresh` are about to be read from a file."
@@ -329,7 +330,7 @@ def _build(self:Tuner, model, fresh=True):
     if fresh: self.start(model)
     self.base = dict(name=getattr(model, 'name_or_path', ''), fingerprint=fingerprint(model))
 
-# %% ../nbs/01_core.ipynb #2a05ed27
+# %% ../nbs/01_core.ipynb #656f2eb2
 @patch
 def attach(self:Tuner,
     model:nn.Module, # the base; it is frozen until `detach`
@@ -341,6 +342,7 @@ def attach(self:Tuner,
     if home is not None and home is not model: raise ValueError(f'this {self.name} was made for another model: save() it, and Tuner.load() it there')
     if getattr(self, 'merged', None): raise ValueError(f'this {self.name} was merged: its weights are in the model already')
     if home is None: self._build(model)
+    self.prepare(model)
     self._flags = [(p, p.requires_grad) for p in model.parameters()]
     for p, _ in self._flags: p.requires_grad_(False)
     try: self._apply()
@@ -352,7 +354,7 @@ def attach(self:Tuner,
 def _thaw(self:Tuner):
     for p, flag in self._flags: p.requires_grad_(flag)
 
-# %% ../nbs/01_core.ipynb #8f619543
+# %% ../nbs/01_core.ipynb #5e2d9cc6
 @patch
 def detach(self:Tuner) -> Tuner:
     "Take every edit back: the model is the base again, bit for bit. The trained tensors stay with the tuner."
@@ -372,7 +374,7 @@ def disabled(self:Tuner):
     try: yield self.model
     finally: self._apply()
 
-# %% ../nbs/01_core.ipynb #660322bb
+# %% ../nbs/01_core.ipynb #663ed300
 @patch(as_prop=True)
 def tensors(self:Tuner) -> dict:
     "Name -> tensor: all that belongs to the tuner and goes into its file."
@@ -383,14 +385,14 @@ def params(self:Tuner) -> dict:
     "Name -> parameter: what trains."
     return {n: t for n, t in self.tensors.items() if isinstance(t, nn.Parameter)}
 
-# %% ../nbs/01_core.ipynb #82214e40
+# %% ../nbs/01_core.ipynb #e24953f1
 def _untie(model, m):
     "Give `m` a weight of its own if another module shares it: merging must not reach the embeddings (peft#2018)."
     if not any(o is not m and p is m.weight for o in model.modules() for p in o.parameters(recurse=False)): return
     m.weight = nn.Parameter(m.weight.detach().clone(), requires_grad=m.weight.requires_grad)
     model.config.tie_word_embeddings = False
 
-# %% ../nbs/01_core.ipynb #206c8725
+# %% ../nbs/01_core.ipynb #1842819d
 @patch
 @torch.no_grad()
 def fold(self:Swap,
@@ -403,7 +405,7 @@ def fold(self:Swap,
     w.copy_(exact)
     return (w.float() - exact).abs().max().item()
 
-# %% ../nbs/01_core.ipynb #21453fd1
+# %% ../nbs/01_core.ipynb #fa253caf
 @patch
 def merge(self:Tuner) -> dict: # how many layers, and the largest error that rounding to the base's precision made
     "Fold the tuner into the base's weights, for good. Merging again changes nothing. Raises `TypeError` where there is nothing to fold into."
@@ -416,7 +418,7 @@ def merge(self:Tuner) -> dict: # how many layers, and the largest error that rou
     self.merged, self.model = dict(layers=len(errors), max_rounding=max(errors)), None
     return self.merged
 
-# %% ../nbs/01_core.ipynb #3040038d
+# %% ../nbs/01_core.ipynb #7ea68437
 _packages = ('peftbook', 'torch', 'transformers', 'safetensors')
 
 def versions() -> dict:
@@ -426,7 +428,7 @@ def versions() -> dict:
         except metadata.PackageNotFoundError: return 'not installed'
     return {p: version(p) for p in _packages}
 
-# %% ../nbs/01_core.ipynb #3a73d2d8
+# %% ../nbs/01_core.ipynb #969e3d5c
 @patch
 def save(self:Tuner,
     path, # a folder; made if need be
@@ -444,7 +446,7 @@ def save(self:Tuner,
     write_atomic(path/'tuner.json', text)
     return path
 
-# %% ../nbs/01_core.ipynb #ef47d6d9
+# %% ../nbs/01_core.ipynb #5147e742
 def read_adapter(
     path, # a folder that `Tuner.save` wrote
 ) -> tuple: # (what tuner.json says, name -> tensor)
@@ -463,14 +465,14 @@ def read_adapter(
     try: return info, from_bytes(data)
     except Exception as e: raise ValueError(f'{st} cannot be read as safetensors ({e})') from None
 
-# %% ../nbs/01_core.ipynb #b9ff99b0
+# %% ../nbs/01_core.ipynb #f4a13ac3
 def adapter_info(
     path, # a folder that `Tuner.save` wrote
 ) -> dict: # method, config, base, versions, sha256
     "What a saved adapter is and which base it needs, after checking that its files are whole."
     return read_adapter(path)[0]
 
-# %% ../nbs/01_core.ipynb #d98c211b
+# %% ../nbs/01_core.ipynb #ad32c3a2
 def _check_base(path, info, model, base_mismatch):
     "Raise or warn if the adapter was trained on another base than `model`."
     if base_mismatch not in ('raise', 'warn'): raise ValueError(f"base_mismatch={base_mismatch!r}: say 'raise' or 'warn'")
@@ -482,7 +484,7 @@ def _check_base(path, info, model, base_mismatch):
     if base_mismatch == 'raise': raise ValueError(msg)
     import warnings; warnings.warn(msg)
 
-# %% ../nbs/01_core.ipynb #e4a5199c
+# %% ../nbs/01_core.ipynb #0201b382
 @patch
 def take(self:Tuner,
     have:dict, # name -> tensor
@@ -498,7 +500,7 @@ def take(self:Tuner,
     with torch.no_grad():
         for n, t in want.items(): t.copy_(have[n])
 
-# %% ../nbs/01_core.ipynb #e6c92e33
+# %% ../nbs/01_core.ipynb #8320a1c5
 @patch(cls_method=True)
 def load(cls:Tuner,
     path, # a folder that `save` wrote
@@ -515,7 +517,13 @@ def load(cls:Tuner,
     self.take(have, path)
     return self.attach(model)
 
-# %% ../nbs/01_core.ipynb #854a079c
+# %% ../nbs/01_core.ipynb #ce201b0f
+def _numbers(model):
+    "How many numbers a model has."
+    own = {p: math.prod(features(m)) if k == 'codes' else p.numel() for m in model.modules() for k, p in m._parameters.items() if p is not None}
+    return sum(own.values()) # a tied tensor is one key
+
+# %% ../nbs/01_core.ipynb #f0328e8c
 @patch
 def cost(self:Tuner,
     model:nn.Module=None, # for a tuner that is not attached: the model to count on
@@ -528,11 +536,11 @@ def cost(self:Tuner,
     on = getattr(home, 'tuner', None)
     with nullcontext() if on is None else on.disabled(): # count on the base, whatever it carries
         if t is not self: t._build(home, fresh=False)
-        base = sum(p.numel() for p in home.parameters())
+        base = _numbers(home)
     trained = sum(p.numel() for p in t.params.values())
     return dict(trained=trained, base=base, share=trained/base, bytes=sum(x.numel()*x.element_size() for x in t.final()[0].values()), layers=len(t._edits))
 
-# %% ../nbs/01_core.ipynb #ee0d2214
+# %% ../nbs/01_core.ipynb #8714b3ed
 @patch
 def __repr__(self:Tuner): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
 
@@ -544,7 +552,7 @@ def _repr_markdown_(self:Tuner):
     return (f"`{self!r}`, {state}\n\n| numbers trained | of the base | on disk | edits |\n|---|---|---|---|\n"
             f"| {c['trained']:,} | {c['share']:.3%} of {c['base']:,} | {c['bytes']/1e6:.2f} MB | {c['layers']} |")
 
-# %% ../nbs/01_core.ipynb #ac316c4e
+# %% ../nbs/01_core.ipynb #e5b183bb
 def _inputs(model, n=2, length=9, pad=3):
     "Random rows, the same rows padded on the left, and positions that count the real tokens."
     g = torch.Generator().manual_seed(0)
@@ -565,7 +573,7 @@ def _shake(tuner):
 
 def _gap(a, b): return (a - b).abs().max().item()
 
-# %% ../nbs/01_core.ipynb #45dfd346
+# %% ../nbs/01_core.ipynb #aab29a64
 def checkpoint_activations(
     model:nn.Module, # a transformers model
     on:bool=True,
@@ -575,7 +583,7 @@ def checkpoint_activations(
     if on: getattr(model, f'{v}_checkpointing_enable')(**{f'{v}_checkpointing_kwargs': dict(use_reentrant=False)})
     else: getattr(model, f'{v}_checkpointing_disable')()
 
-# %% ../nbs/01_core.ipynb #6a24c5fa
+# %% ../nbs/01_core.ipynb #10109bd3
 def _grads(model, tuner, ids):
     model.zero_grad()
     logits = model(input_ids=ids, use_cache=False).logits
@@ -608,7 +616,7 @@ def _check_grads(tuner, model, ids, tol):
     model.zero_grad()
     return 0.
 
-# %% ../nbs/01_core.ipynb #c520df3b
+# %% ../nbs/01_core.ipynb #e919435d
 def _check_disabled(tuner, model, ids, tol, base):
     "With the tuner disabled the model is the base; after that it is tuned again."
     tuned = _logits(model, ids)
@@ -627,7 +635,7 @@ def _check_padding(tuner, model, ids, tol):
     assert gap <= tol, f'a padded row differs from the row alone by {gap}'
     return gap
 
-# %% ../nbs/01_core.ipynb #d08c0e04
+# %% ../nbs/01_core.ipynb #9186f1ce
 def _check_checkpointing(tuner, model, ids, tol):
     "Gradient checkpointing gives the same gradients, or raises (peft#137, #869)."
     plain = _grads(model, tuner, ids)
@@ -652,7 +660,7 @@ def _check_cache(tuner, model, ids, tol):
     assert torch.equal(a, b), f'with the cache {a[0].tolist()}, without {b[0].tolist()}'
     return 0.
 
-# %% ../nbs/01_core.ipynb #f2bfb82d
+# %% ../nbs/01_core.ipynb #904d6d60
 def _check_files(tuner, model, ids, tol):
     "Saved, and loaded under another seed, it gives the same logits; the file holds its own numbers alone (peft#2092)."
     tuned, fresh = _logits(model, ids), {n for n, _ in model.named_parameters()}
@@ -687,7 +695,7 @@ def _check_merge(tuner, model, ids, tol):
     assert gap <= tol, f'merging moves the logits by {gap}'
     return gap
 
-# %% ../nbs/01_core.ipynb #a50c9b25
+# %% ../nbs/01_core.ipynb #f0a62c3a
 def check_tuner(
     tuner:Tuner, # a fresh one, not attached
     model:nn.Module, # in fp32, by preference tiny; it is as it was when the checks are over
@@ -715,7 +723,7 @@ def check_tuner(
     res['detach restores'] = 0.
     return res
 
-# %% ../nbs/01_core.ipynb #c4e0dbdc
+# %% ../nbs/01_core.ipynb #734cc07b
 def _strip(tree):
     "Take the docstrings out of a syntax tree."
     for n in ast.walk(tree):
@@ -724,7 +732,7 @@ def _strip(tree):
             n.body = b[1:] or [ast.Pass()]
     return tree
 
-# %% ../nbs/01_core.ipynb #cd138347
+# %% ../nbs/01_core.ipynb #bd75ae23
 def module_hash(
     module:str, # 'lora' for peftbook/lora.py
 ) -> str: # 12 hex digits

@@ -6,7 +6,7 @@
 __all__ = ['normal_float', 'codebook', 'pack_bits', 'unpack_bits', 'dynamic_code', 'QuantizedTensor', 'quantize_tensor',
            'QuantMatmul', 'QuantLinear', 'quantize', 'storage_bytes', 'load_quantized', 'save_quantized']
 
-# %% ../nbs/30_quantization.ipynb #86da014f
+# %% ../nbs/30_quantization.ipynb #d641fed6
 import contextlib, json, math, os, time
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from .core import *
 from .models import *
 from .models import _best_device, _best_dtype, _find, _named, _quiet, _read_tok
 
-# %% ../nbs/30_quantization.ipynb #8f40724c
+# %% ../nbs/30_quantization.ipynb #25dbe80e
 def normal_float(
     bits:int, # width, 2 to 8
 ) -> torch.Tensor: # 2**bits float32 values in order, from -1 to 1, with an exact zero
@@ -30,7 +30,7 @@ def normal_float(
     q = torch.cat((-side(half - 1), torch.zeros(1), side(half).flip(0)))
     return q/q.max()
 
-# %% ../nbs/30_quantization.ipynb #c1313201
+# %% ../nbs/30_quantization.ipynb #3240900d
 _fp4 = (0, .0625, 8, 12, 4, 6, 2, 3) # by the bits of exponent and fraction; code 8 + i is the same below zero
 _widths = {'nf4': 4, 'fp4': 4, 'nf': None, 'int': None, 'affine': None}
 
@@ -39,7 +39,7 @@ def _check_code(name, bits):
     if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8: raise ValueError(f'bits={bits!r}: a width from 2 to 8')
     if _widths[name] not in (None, bits): raise ValueError(f"codebook={name!r} has {_widths[name]} bits, not {bits}: say bits={_widths[name]}, or codebook='nf' or 'int'")
 
-# %% ../nbs/30_quantization.ipynb #5d0ac283
+# %% ../nbs/30_quantization.ipynb #f5c91c4e
 @lru_cache
 def codebook(
     name:str, # 'nf4', 'fp4', 'nf' (NormalFloat), 'int' (absmax integers) or 'affine' (integers with a zero point)
@@ -54,7 +54,7 @@ def codebook(
     m = 2**(bits-1) - 1
     return torch.arange(-m, m + 1.)/m
 
-# %% ../nbs/30_quantization.ipynb #4983d96f
+# %% ../nbs/30_quantization.ipynb #fde8699e
 def _search(values):
     "Tables for `_nearest`: bins so narrow that none holds two thresholds, each with its threshold and the codes below and above it."
     v, order = values.sort(stable=True)
@@ -72,7 +72,7 @@ def _nearest(x, limits, codes, n):
     b = _bin(x, n)
     return codes.index_select(0, b*2 + (x > limits.index_select(0, b)))
 
-# %% ../nbs/30_quantization.ipynb #5796c857
+# %% ../nbs/30_quantization.ipynb #e1832dda
 @lru_cache
 def _tables(name, bits, device):
     limits, codes, n = _search(codebook(name, bits))
@@ -81,7 +81,7 @@ def _tables(name, bits, device):
 @lru_cache
 def _group(bits): "Codes and bytes after which the bit stream is at a whole byte."; k = math.gcd(8, bits); return 8//k, bits//k
 
-# %% ../nbs/30_quantization.ipynb #51ef24b0
+# %% ../nbs/30_quantization.ipynb #67f0de5e
 def pack_bits(
     codes:torch.Tensor, # uint8, one code each
     bits:int, # width of a code
@@ -98,7 +98,7 @@ def pack_bits(
     if k > 1: w = torch.stack([w >> 8*(k - 1 - j) & 255 for j in range(k)], 1).to(torch.uint8).flatten()
     return w[:-(-n*bits//8)]
 
-# %% ../nbs/30_quantization.ipynb #8aa007f7
+# %% ../nbs/30_quantization.ipynb #408fe814
 def unpack_bits(
     packed:torch.Tensor, # uint8
     bits:int, # width of a code
@@ -111,7 +111,7 @@ def unpack_bits(
     w = word[:, 0] if k == 1 else sum(word[:, j].long() << 8*(k - 1 - j) for j in range(k))
     return torch.stack([w >> bits*(g - 1 - i) & 2**bits - 1 for i in range(g)], 1).to(torch.uint8).flatten()[:n]
 
-# %% ../nbs/30_quantization.ipynb #c62ae5a0
+# %% ../nbs/30_quantization.ipynb #754f29aa
 @lru_cache
 def dynamic_code() -> torch.Tensor: # 256 float32 values in order, from -0.993 to 1
     """The 8-bit dynamic code (Dettmers et al. 2022, arXiv:2110.02861, section 2): seven decades, the largest cut finest: 64 values of each sign
@@ -129,7 +129,7 @@ def _dynamic_tables(device):
     c = dynamic_code()
     return c.to(device), torch.bucketize(torch.arange(65536.)*(2/65535) - 1, (c[1:] + c[:-1])/2).to(torch.uint8).to(device)
 
-# %% ../nbs/30_quantization.ipynb #79ee2d5c
+# %% ../nbs/30_quantization.ipynb #a017fecf
 def _nest(scales):
     "Double quantization (arXiv:2305.14314, section 3): 8-bit codes of the scales less their mean, in blocks of 256, and what undoes it."
     mean, n = scales.mean(), len(scales)
@@ -144,7 +144,7 @@ def _unnest(codes, top, mean):
     v = _dynamic_tables(codes.device)[0].index_select(0, nn.functional.pad(codes, (0, -n % 256)).int()).view(-1, 256)
     return (v*top[:, None]).flatten()[:n].add_(mean)
 
-# %% ../nbs/30_quantization.ipynb #473d0d46
+# %% ../nbs/30_quantization.ipynb #61c8b5ce
 class QuantizedTensor:
     "A tensor in few bits. `tensors` is all that is stored: codes, scales, and (if there are any) zeros, scale_max, scale_mean."
     def __init__(self,
@@ -160,7 +160,7 @@ class QuantizedTensor:
     scales = property(lambda self: self.tensors['scales'], doc='A float32 for each block; uint8 codes of them after double quantization.')
     block = property(lambda self: self.block_size or self.shape[-1], doc='Weights in a block.')
 
-# %% ../nbs/30_quantization.ipynb #6653495e
+# %% ../nbs/30_quantization.ipynb #4acd4627
 @patch(as_prop=True)
 def nbytes(self:QuantizedTensor) -> int:
     "All bytes that are stored: codes, scales and what belongs to them."
@@ -182,7 +182,7 @@ def full_scales(self:QuantizedTensor) -> torch.Tensor: # float32, one per block
     t = self.tensors
     return _unnest(t['scales'], t['scale_max'], t['scale_mean']) if 'scale_max' in t else t['scales']
 
-# %% ../nbs/30_quantization.ipynb #27233ed9
+# %% ../nbs/30_quantization.ipynb #31adeaa2
 _chunk = 3*2**13 # weights at a time: what is made on the way stays in the cache, and torch starts no threads for so few, which wait on busy machines
 
 def _steps(n, block):
@@ -191,7 +191,7 @@ def _steps(n, block):
     yield from ((a, min(a + step, full)) for a in range(0, full, step))
     if full < n: yield full, n
 
-# %% ../nbs/30_quantization.ipynb #5b6fbdbe
+# %% ../nbs/30_quantization.ipynb #f0d688c9
 def _encode(x, name, bits):
     "Codes, scale and zero point (or None) of each row of `x`, in float32. The rows are blocks."
     hi, lo = x.amax(1), x.amin(1)
@@ -210,7 +210,7 @@ def _encode(x, name, bits):
     v = x*(1/s.clamp(min=1e-38))[:, None]
     return _nearest(v.flatten(), *_tables(name, bits, x.device)).view_as(x), s, None
 
-# %% ../nbs/30_quantization.ipynb #7cacda8f
+# %% ../nbs/30_quantization.ipynb #cd02d6f5
 def _quantize_torch(flat, bits, name, block):
     "Packed codes, scales and zero points of a flat tensor, a run at a time."
     n = flat.numel()
@@ -231,7 +231,7 @@ def _quantize_torch(flat, bits, name, block):
         rest = codes[whole:]
     return out
 
-# %% ../nbs/30_quantization.ipynb #400d3fc2
+# %% ../nbs/30_quantization.ipynb #2068d551
 def _code_of_zero(name, bits): return 2**(bits-1) - 1 if name in ('int', 'nf', 'nf4') else 0
 
 def _last_block(x, s, name):
@@ -239,7 +239,7 @@ def _last_block(x, s, name):
     s = s.clamp(min=1e-38)
     return _nearest((x/s).clamp(-1, 1), *_tables(name, 4, x.device)), s
 
-# %% ../nbs/30_quantization.ipynb #11466881
+# %% ../nbs/30_quantization.ipynb #a3334e92
 @lru_cache
 def _byte_values(name, bits, device):
     "For 2, 4 and 8 bits: the values of all codes in a byte, looked up at once as one wide number."
@@ -254,7 +254,7 @@ def _values(packed, name, bits, n):
     if 8 % bits: return codebook(name, bits).to(packed.device).index_select(0, unpack_bits(packed, bits, n).int())
     return _byte_values(name, bits, packed.device).index_select(0, packed.int()).view(torch.float32)[:n]
 
-# %% ../nbs/30_quantization.ipynb #8447a1d4
+# %% ../nbs/30_quantization.ipynb #3afed854
 def _dequantize_torch(q, dtype):
     "The dense tensor, a run at a time: value (less the zero point) times scale in float32, rounded to `dtype` once."
     n, block, s, z = q.shape.numel(), q.block, q.full_scales(), q.tensors.get('zeros')
@@ -268,7 +268,7 @@ def _dequantize_torch(q, dtype):
         torch.mul(v, s[i:j, None], out=out[a:b].view(-1, w))
     return out.view(q.shape)
 
-# %% ../nbs/30_quantization.ipynb #c32115c4
+# %% ../nbs/30_quantization.ipynb #ce33eb1a
 @lru_cache
 def _bnb():
     "bitsandbytes' functions, or None where it is missing or broken: whatever it raises, the torch backend does all it can do."
@@ -292,7 +292,7 @@ def _bnb_dequantize(q, dtype):
     state = F.QuantState(absmax=s, shape=torch.Size((len(s), q.block)), dtype=dtype, blocksize=q.block, quant_type=q.codebook)
     return F.dequantize_4bit(q.codes.view(-1, 1), state).view(q.shape)
 
-# %% ../nbs/30_quantization.ipynb #bbef0c0c
+# %% ../nbs/30_quantization.ipynb #2a2953c0
 _sample = 2**16
 
 def _seconds(f, device, n=3):
@@ -317,7 +317,7 @@ def _bnb_wins(back, name, bits, block, device, dtype):
         return same and _seconds(pair[1], device) < _seconds(pair[0], device)
     except Exception: return False # a device it has no kernels for
 
-# %% ../nbs/30_quantization.ipynb #53c37bee
+# %% ../nbs/30_quantization.ipynb #4bad9558
 _bnb_blocks = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 def _takes_bnb(n, bits, name, block, per_row, device, dtype, back=False):
@@ -325,7 +325,7 @@ def _takes_bnb(n, bits, name, block, per_row, device, dtype, back=False):
     can = (name in ('nf4', 'fp4') and block in _bnb_blocks) or (name == 'int' and bits == 8 and per_row and not back)
     return can and n % block == 0 and dtype in (torch.float32, torch.bfloat16, torch.float16) and _bnb_wins(back, name, bits, block, device, dtype)
 
-# %% ../nbs/30_quantization.ipynb #bbf929f0
+# %% ../nbs/30_quantization.ipynb #ee659bb5
 def _check_options(bits, codebook, block_size):
     _check_code(codebook, bits)
     if block_size is not None and (not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 16):
@@ -349,7 +349,7 @@ def quantize_tensor(
     if double_quant: t |= _nest(t['scales'])
     return QuantizedTensor(t, bits, codebook, block_size, w.shape, w.dtype)
 
-# %% ../nbs/30_quantization.ipynb #6a8d3e59
+# %% ../nbs/30_quantization.ipynb #ad70feb7
 @patch
 def dequantize(self:QuantizedTensor,
     dtype:torch.dtype=None, # None: as it was
@@ -364,7 +364,7 @@ def __repr__(self:QuantizedTensor):
     return (f"QuantizedTensor({' x '.join(map(str, self.shape))}, bits={self.bits}, codebook={self.codebook!r}, block_size={self.block_size}, "
             f"double_quant={'scale_max' in self.tensors}): {self.nbytes:,} bytes, {self.bits_per_weight:.3f} bits a weight")
 
-# %% ../nbs/30_quantization.ipynb #3d9c4bb3
+# %% ../nbs/30_quantization.ipynb #6688ae1c
 class QuantMatmul(torch.autograd.Function):
     """`x W^T + bias` with a W that is in few bits: it is made dense for the product and dropped, and made again for the backward.
     x: tokens x in. Nothing is kept for the backward but the layer; the gradient goes to x and bias alone, for the codes are frozen."""
@@ -383,7 +383,7 @@ class QuantMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[1]: db = dy.flatten(0, -2).sum(0).to(layer.bias.dtype)
         return dx, db, None
 
-# %% ../nbs/30_quantization.ipynb #686f9dd7
+# %% ../nbs/30_quantization.ipynb #3b06fc60
 class QuantLinear(nn.Module):
     "A linear layer whose weight (out x in) is a `QuantizedTensor`. Frozen: it is used, not trained."
     def __init__(self,
@@ -404,7 +404,7 @@ class QuantLinear(nn.Module):
         if k == 'weight': raise AttributeError('a quantized layer has no dense weight: layer.quantized.dequantize() makes one')
         return super().__getattr__(k)
 
-# %% ../nbs/30_quantization.ipynb #81d2ae33
+# %% ../nbs/30_quantization.ipynb #cf59da0c
 @patch(as_prop=True)
 def quantized(self:QuantLinear) -> QuantizedTensor:
     "The weight, sharing the layer's memory."
@@ -418,7 +418,7 @@ def forward(self:QuantLinear, x): return QuantMatmul.apply(x, self.bias, self)
 def extra_repr(self:QuantLinear):
     return f'{self.in_features}, {self.out_features}, bias={self.bias is not None}, bits={self.bits}, codebook={self.codebook}, block_size={self.block_size}'
 
-# %% ../nbs/30_quantization.ipynb #b99f94a8
+# %% ../nbs/30_quantization.ipynb #c646a523
 @patch
 def _apply(self:QuantLinear, fn, recurse=True):
     "Moves with the model (`.to(device)`), but its scales stay in float32 when the model goes to bf16."
@@ -428,7 +428,7 @@ def _apply(self:QuantLinear, fn, recurse=True):
         if self._buffers[n].dtype != t.dtype: self._buffers[n] = t.to(self._buffers[n].device)
     return self
 
-# %% ../nbs/30_quantization.ipynb #b67426fa
+# %% ../nbs/30_quantization.ipynb #69ab31d8
 def _dense_linear(m): return (isinstance(m, nn.Linear) or type(m).__name__ == 'Conv1D') and isinstance(getattr(m, 'weight', None), nn.Parameter)
 
 def _to_quantize(model, skip):
@@ -452,7 +452,7 @@ def _owners(model):
         for p in m._parameters.values(): res[id(p)] = res.get(id(p), 0) + 1
     return res
 
-# %% ../nbs/30_quantization.ipynb #6c48188e
+# %% ../nbs/30_quantization.ipynb #727c1a8e
 @torch.no_grad()
 def quantize(
     model:nn.Module, # a dense model; it is changed, for good
@@ -476,7 +476,7 @@ def quantize(
         model.set_submodule(n, QuantLinear(q, m.bias, compute_dtype).train(m.training))
     return model
 
-# %% ../nbs/30_quantization.ipynb #c96896c7
+# %% ../nbs/30_quantization.ipynb #b2b4afb7
 def storage_bytes(
     model:nn.Module, # any
 ) -> int:
@@ -484,7 +484,7 @@ def storage_bytes(
     s = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
     return sum(s.values())
 
-# %% ../nbs/30_quantization.ipynb #7681972d
+# %% ../nbs/30_quantization.ipynb #e63e6380
 _dtypes = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64, 'I32': torch.int32,
            'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool}
 
@@ -504,7 +504,7 @@ def _header(path):
     except FileNotFoundError: raise
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{path} cannot be read as safetensors ({e}): copy it again') from None
 
-# %% ../nbs/30_quantization.ipynb #d3620209
+# %% ../nbs/30_quantization.ipynb #45123554
 def _read_tensor(f, entry):
     "One tensor of an open safetensors file, by seek and read: no more of the file is in memory."
     dt, shape, start = entry
@@ -522,7 +522,7 @@ def _weight_files(folder):
         if not (Path(folder)/n).is_file(): raise FileNotFoundError(f'{Path(folder)/n} is missing: load_quantized reads safetensors')
     return [Path(folder)/n for n in names]
 
-# %% ../nbs/30_quantization.ipynb #e9159ed9
+# %% ../nbs/30_quantization.ipynb #16187a4f
 def _empty_model(folder, dtype):
     "The model of a folder's configuration, its parameters on the meta device: no memory yet. Buffers are computed as ever."
     from accelerate import init_empty_weights
@@ -542,7 +542,7 @@ def _key_in(model, key, state):
     if key == 'embed_out.weight' and key not in state: return 'lm_head.weight' # GPT-NeoX's head, which transformers 5 calls like all others
     return next((k for k in (key, f'{p}.{key}', key.removeprefix(f'{p}.')) if k in state), None)
 
-# %% ../nbs/30_quantization.ipynb #ce87947c
+# %% ../nbs/30_quantization.ipynb #0bdb3158
 def _plan(model, files):
     "[(file, key, name, entry)] for each of the model's tensors. ValueError if one is missing or has another shape; tied ones are there once."
     state = model.state_dict(keep_vars=True)
@@ -567,7 +567,7 @@ def _put(model, name, t):
         for k, p in o._parameters.items():
             if p is old: o._parameters[k] = new
 
-# %% ../nbs/30_quantization.ipynb #3835f5cf
+# %% ../nbs/30_quantization.ipynb #16642760
 @torch.no_grad()
 def _fill(model, plan, layers, dtype, device, options, compute_dtype):
     "Read tensor by tensor; a weight of `layers` is quantized as it comes and dropped."
@@ -590,7 +590,7 @@ def _fill(model, plan, layers, dtype, device, options, compute_dtype):
     finally:
         if f: f.close()
 
-# %% ../nbs/30_quantization.ipynb #69a7b9a9
+# %% ../nbs/30_quantization.ipynb #757a98f5
 def load_quantized(
     name:str=None, # what `load_model` takes, or a folder that `save_quantized` wrote
     bits:int=4, # width of a code, 2 to 8
@@ -619,7 +619,7 @@ def load_quantized(
     print(f'{name}: from {source}, {len(layers)} layers in {bits} bits, {storage_bytes(model)/1e6:.0f} MB on {device}')
     return _named(_home(model, device), name), tok
 
-# %% ../nbs/30_quantization.ipynb #5121d26f
+# %% ../nbs/30_quantization.ipynb #530e2696
 _saved = 'quantized.safetensors'
 
 def _home(model, device):
@@ -629,7 +629,7 @@ def _home(model, device):
             if b is not None and b.device != device: m._buffers[k] = b.to(device)
     return model.eval()
 
-# %% ../nbs/30_quantization.ipynb #a4903e25
+# %% ../nbs/30_quantization.ipynb #c9dc7466
 def _own_tensors(model):
     "Name -> tensor of what a file must hold: tied tensors once."
     seen, res = set(), {}
@@ -656,7 +656,7 @@ def save_quantized(
     save_tensors(path/_saved, _own_tensors(model), dict(layers=json.dumps(info), base=getattr(model, 'name_or_path', ''), dtype=str(model.dtype)[6:]))
     return path
 
-# %% ../nbs/30_quantization.ipynb #4049d3ae
+# %% ../nbs/30_quantization.ipynb #36b4249b
 def _layout(shape, bits, block, affine, double_quant):
     "name -> (shape, dtype) of what a quantized tensor stores: predicted, not measured."
     n = math.prod(shape)
@@ -677,7 +677,7 @@ def _empty_layer(path, name, info, m):
     t = {k: torch.empty(s, dtype=d, device='meta') for k, (s, d) in _layout(shape, o['bits'], o['block_size'] or shape[-1], o['codebook'] == 'affine', double).items()}
     return QuantLinear(QuantizedTensor(t, **o, shape=shape, dtype=dtype), m.bias)
 
-# %% ../nbs/30_quantization.ipynb #2a16ae68
+# %% ../nbs/30_quantization.ipynb #b416b1dc
 def _load_saved(folder, compute_dtype, device):
     "What `save_quantized` wrote, checked against the shapes that its own records and configuration ask for."
     path = folder/_saved

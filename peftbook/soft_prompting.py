@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['keys_values', 'Front', 'check_front', 'SoftPrompting', 'SharedWords']
 
-# %% ../nbs/11_soft_prompting.ipynb #de2df346
+# %% ../nbs/11_soft_prompting.ipynb #a4336bfd
 import inspect, math, random, re
 from collections import Counter
 
@@ -16,7 +16,7 @@ from .models import *
 from .core import *
 from .data import *
 
-# %% ../nbs/11_soft_prompting.ipynb #6a4f18a3
+# %% ../nbs/11_soft_prompting.ipynb #984b1275
 def keys_values(
     model, # the base
     embeds:torch.Tensor, # 1 x n x width: what stands in front, as the layers see words
@@ -26,10 +26,10 @@ def keys_values(
     cache = DynamicCache(config=model.config)
     embeds = embeds.to(model.get_input_embeddings().weight.dtype)
     pos = torch.arange(embeds.shape[1], device=embeds.device)[None]
-    model.base_model(inputs_embeds=embeds, position_ids=pos, past_key_values=cache, use_cache=True)
+    model.base_model(inputs_embeds=embeds, position_ids=pos, use_cache=True, **{cache_name(model): cache})
     return [(l.keys, l.values) for l in cache.layers]
 
-# %% ../nbs/11_soft_prompting.ipynb #e58c0f0a
+# %% ../nbs/11_soft_prompting.ipynb #e4b9388a
 class Front(Hook):
     "An edit: keys and values that every attention layer finds in front of those of the row."
     def __init__(self,
@@ -40,25 +40,27 @@ class Front(Hook):
         super().__init__('', self.put, 'forward_pre_hook', True, params)
         self.n_tokens, self.kv = n_tokens, kv
 
-# %% ../nbs/11_soft_prompting.ipynb #aa66d30a
+# %% ../nbs/11_soft_prompting.ipynb #82fa807f
 @patch
 def put(self:Front, model, args, kwargs):
     "Fill an empty cache, put ones in front of the mask, and move the positions along."
-    kwargs = _by_name(model, args) | kwargs
+    kwargs = _by_name(model, args, kwargs)
     x = kwargs.get('input_ids') if kwargs.get('input_ids') is not None else kwargs['inputs_embeds']
     cache, n = _cache(model, kwargs), self.n_tokens
     past = max(0, cache.get_seq_length() - n) # of the row's own tokens
     if cache.get_seq_length() == 0:
         for i, (k, v) in enumerate(self.kv(model)): cache.update(k.expand(len(x), -1, -1, -1), v.expand(len(x), -1, -1, -1), i)
     mask, pos = _places(x, past, kwargs.get('attention_mask'), kwargs.get('position_ids'))
-    return (), kwargs | dict(past_key_values=cache, attention_mask=_widen(mask, n), position_ids=pos + n)
+    return (), kwargs | {cache_name(model): cache, 'attention_mask': _widen(mask, n), 'position_ids': pos + n}
 
-# %% ../nbs/11_soft_prompting.ipynb #92c3a953
-def _by_name(model, args):
-    "Positional arguments of the model's forward by their names."
-    return dict(zip(list(inspect.signature(type(model).forward).parameters)[1:], args)) # without self
+# %% ../nbs/11_soft_prompting.ipynb #0217c528
+def _by_name(model, args, kwargs):
+    "All arguments of the model's forward by their names, the cache by the one that this model gives it."
+    kwargs = dict(zip(list(inspect.signature(type(model).forward).parameters)[1:], args)) | kwargs # without self
+    if 'past_key_values' in kwargs: kwargs[cache_name(model)] = kwargs.pop('past_key_values')
+    return kwargs
 
-# %% ../nbs/11_soft_prompting.ipynb #ae274574
+# %% ../nbs/11_soft_prompting.ipynb #5d8a27bd
 def _places(x, past, mask, pos):
     "Mask and positions of the row `x` after `past` tokens of its own, where the caller gave none."
     if mask is None: mask = x.new_ones(len(x), past + x.shape[1], dtype=torch.long)
@@ -72,14 +74,14 @@ def _widen(mask, n):
     else: front = mask.new_zeros(*mask.shape[:-1], n) # one that is added to the scores
     return torch.cat((front, mask), -1)
 
-# %% ../nbs/11_soft_prompting.ipynb #6a8a2053
+# %% ../nbs/11_soft_prompting.ipynb #17a2f1b2
 def _cache(model, kwargs):
     "The cache of this call, or a new one. ValueError where a prefix would be lost."
     from transformers import DynamicCache
     if model.training and any(getattr(m, 'gradient_checkpointing', False) for m in model.modules()):
         raise ValueError('a prefix of keys and values does not survive gradient checkpointing, which drops the cache (peft#869): '
                          'call checkpoint_activations(model, False)')
-    cache = kwargs.get('past_key_values')
+    cache = kwargs.get(cache_name(model))
     if cache is None or getattr(cache, 'once', False): # transformers hands it back even to those who want no cache
         cache = DynamicCache(config=model.config)
         cache.once = kwargs.get('use_cache') is False
@@ -93,7 +95,7 @@ def _forgets(cache):
     if not hasattr(cache, 'layers'): return type(cache).__name__
     return next((type(l).__name__ for l in cache.layers if type(l) is not DynamicLayer), None)
 
-# %% ../nbs/11_soft_prompting.ipynb #bbca7eb4
+# %% ../nbs/11_soft_prompting.ipynb #1a5e6e7c
 def check_front(model, n_tokens):
     "ValueError unless `n_tokens` in front leave room for a request."
     if not isinstance(n_tokens, int) or n_tokens < 1:
@@ -102,7 +104,7 @@ def check_front(model, n_tokens):
     if room and n_tokens >= room:
         raise ValueError(f'n_tokens={n_tokens}: the model has {room} positions in all, and a request needs some of them')
 
-# %% ../nbs/11_soft_prompting.ipynb #4d2d6af3
+# %% ../nbs/11_soft_prompting.ipynb #6a03aa7e
 class SoftPrompting(Tuner):
     "Words in front of the request: an instruction and examples. Nothing trains."
     starts_as_base = False
@@ -123,7 +125,7 @@ class SoftPrompting(Tuner):
         self.instruction, self.n_shots, self.choose, self.seed = instruction, n_shots, choose, seed
         self.shots = read_rows(shots, 'shots') if len(shots) else []
 
-# %% ../nbs/11_soft_prompting.ipynb #ce4710ef
+# %% ../nbs/11_soft_prompting.ipynb #3627c4d0
 @patch
 def for_task(self:SoftPrompting, task):
     "Instruction and examples from the task, where none were given."
@@ -132,7 +134,7 @@ def for_task(self:SoftPrompting, task):
     if not self.shots: self.shots = [dict(r) for r in (task.train[:64] if few else task.shots)]
     return self
 
-# %% ../nbs/11_soft_prompting.ipynb #21eae977
+# %% ../nbs/11_soft_prompting.ipynb #1b547083
 @patch
 def examples(self:SoftPrompting, messages) -> list:
     "The rows to show before this request: the draw, or those whose words are most like it, the likest last."
@@ -141,7 +143,7 @@ def examples(self:SoftPrompting, messages) -> list:
     asked = next((m['content'] for m in reversed(messages) if m['role'] == 'user'), '')
     return sorted(self.shots, key=lambda r: _likeness(asked, _asked(r)))[-self.n_shots:]
 
-# %% ../nbs/11_soft_prompting.ipynb #b54eff7c
+# %% ../nbs/11_soft_prompting.ipynb #6e6e1b19
 def _asked(row):
     "What the user says first in a row."
     return next((m['content'] for m in messages_of(row) if m['role'] == 'user'), '')
@@ -151,7 +153,7 @@ def _likeness(a, b):
     a, b = (Counter(re.findall(r'\w+', o.lower())) for o in (a, b))
     return sum(a[w]*b[w] for w in a)/math.sqrt((sum(n*n for n in a.values())*sum(n*n for n in b.values())) or 1)
 
-# %% ../nbs/11_soft_prompting.ipynb #9a1cf0fc
+# %% ../nbs/11_soft_prompting.ipynb #ff0cdca6
 @patch
 def messages(self:SoftPrompting, messages):
     "The conversation with the words in front: a system turn, the user's where the template has none, and the examples as turns."
@@ -163,20 +165,20 @@ def messages(self:SoftPrompting, messages):
     if self.has_system: return [dict(role='system', content=words), *shots, *turns]
     return _in_user_turn(words, [*shots, *turns])
 
-# %% ../nbs/11_soft_prompting.ipynb #6cdd7657
+# %% ../nbs/11_soft_prompting.ipynb #5d587986
 def _in_user_turn(words, turns):
     "The conversation with the words at the head of the user's first turn."
     i = next((i for i, m in enumerate(turns) if m['role'] == 'user'), None)
     if i is None: return [dict(role='user', content=words), *turns]
     return [*turns[:i], dict(role='user', content=f"{words}\n\n{turns[i]['content']}"), *turns[i+1:]]
 
-# %% ../nbs/11_soft_prompting.ipynb #2eb18f75
+# %% ../nbs/11_soft_prompting.ipynb #3b6f616f
 def _has_system(tok):
     "Has the template a place for a system turn?"
     try: return 'be kind' in render(tok, [dict(role='system', content='be kind'), dict(role='user', content='hello')])
     except ValueError: return False
 
-# %% ../nbs/11_soft_prompting.ipynb #76aa217e
+# %% ../nbs/11_soft_prompting.ipynb #f538ce11
 class SharedWords(Front):
     "An edit: the tokens that all requests begin with are not computed again for each; only a generation that starts is touched."
     def __init__(self,
@@ -185,7 +187,7 @@ class SharedWords(Front):
         super().__init__(len(ids), self.computed)
         self.ids, self.kept = torch.tensor(ids), None
 
-# %% ../nbs/11_soft_prompting.ipynb #e12fd078
+# %% ../nbs/11_soft_prompting.ipynb #96cbeeed
 @patch
 def apply(self:SharedWords, model):
     "Into the model; its weights may have changed since the last time, so nothing is kept from then."
@@ -201,7 +203,7 @@ def computed(self:SharedWords, model):
         with torch.no_grad(): self.kept = key, keys_values(model, emb(self.ids.to(emb.weight.device))[None])
     return self.kept[1]
 
-# %% ../nbs/11_soft_prompting.ipynb #210e398f
+# %% ../nbs/11_soft_prompting.ipynb #3154b2e8
 @patch
 def _begin_alike(self:SharedWords, ids, mask):
     "Does every row, after its padding, begin with the shared tokens, and go on?"
@@ -217,30 +219,31 @@ def _others(self:SharedWords, mask):
     at = torch.arange(mask.shape[1] - self.n_tokens, device=mask.device).expand(len(mask), -1)
     return at + self.n_tokens*(at >= (mask == 0).sum(1, keepdim=True))
 
-# %% ../nbs/11_soft_prompting.ipynb #025a8400
+# %% ../nbs/11_soft_prompting.ipynb #83a5ff82
 @patch
 def _starts(self:SharedWords, model, kwargs):
     "Is this the first call of a generation, with rows that begin with the words?"
-    cache, ids = kwargs.get('past_key_values'), kwargs.get('input_ids')
+    cache, ids = kwargs.get(cache_name(model)), kwargs.get('input_ids')
     if cache is None or ids is None or model.training or kwargs.get('logits_to_keep') != 1: return False
     if _forgets(cache) or cache.get_seq_length(): return False
     return self._begin_alike(ids, _places(ids, 0, kwargs.get('attention_mask'), None)[0])
 
-# %% ../nbs/11_soft_prompting.ipynb #df4e3c13
+# %% ../nbs/11_soft_prompting.ipynb #fe0f264c
 @patch
 def put(self:SharedWords, model, args, kwargs):
     "Take the shared tokens out of the rows; `Front.put` brings them back as keys and values."
-    cache, ids, n = kwargs.get('past_key_values'), kwargs.get('input_ids'), self.n_tokens
+    kwargs = _by_name(model, args, kwargs)
+    cache, ids, n = kwargs.get(cache_name(model)), kwargs.get('input_ids'), self.n_tokens
     begins = self._starts(model, kwargs)
     if begins: cache.shared = self
-    if getattr(cache, 'shared', None) is not self: return args, kwargs
+    if getattr(cache, 'shared', None) is not self: return (), kwargs
     mask, pos = _places(ids, cache.get_seq_length(), kwargs.get('attention_mask'), kwargs.get('position_ids'))
     keep = self._others(mask)
     new = dict(attention_mask=mask.gather(1, keep), position_ids=pos - n)
     if begins: new |= dict(input_ids=ids.gather(1, keep), position_ids=new['position_ids'].gather(1, keep))
     return Front.put(self, model, (), kwargs | new)
 
-# %% ../nbs/11_soft_prompting.ipynb #99a35c3e
+# %% ../nbs/11_soft_prompting.ipynb #3985dbea
 @patch
 def edits(self:SoftPrompting, model):
     if self.instruction is None and not (self.n_shots and self.shots):
@@ -254,7 +257,7 @@ def edits(self:SoftPrompting, model):
                          f'shorten the instruction, or show fewer examples than n_shots={self.n_shots}')
     if shared: yield SharedWords(shared)
 
-# %% ../nbs/11_soft_prompting.ipynb #9932fde5
+# %% ../nbs/11_soft_prompting.ipynb #4785249b
 def _shared(tok, tuner):
     "The tokens that requests have in common once the words are in front of them, and the length of a short request."
     asked = ['a', '7 Zebras', '('] + (list(map(_asked, tuner.shots)) if tuner.choose == 'nearest' else [])

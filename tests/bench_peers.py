@@ -1,6 +1,6 @@
 """The same work, ours and the peer's, in one run: step times, peak memory and their ratio.
 
-    python tests/bench_peers.py [--method lora | all] [--dtype bf16 | fp32] [--steps 7] [--json]
+    python tests/bench_peers.py [--method lora | qlora | prompt | prompt100 | prefix | all] [--dtype bf16 | fp32] [--steps 7] [--json]
     python tests/bench_peers.py --method quantize     (our NF4 and bitsandbytes', both precisions, one matrix of 4096 x 4096)
 
 Each side runs in a process of its own; the two take their steps in turn, so that the machine's drift meets both. Before any time
@@ -33,11 +33,11 @@ def ours(make):
         return tuner.params, loss, lambda t: t
     return ready
 
-def peer(make, name, view=lambda model, t: t):
-    "PEFT's side: its configuration, our name for its tensor, and our shape of it."
+def peer(make, name, view=lambda model, t: t, prepare=lambda model: model):
+    "PEFT's side: its configuration, our name for its tensor, our shape of it, and what is done to the base first."
     def ready(model):
         import peft
-        m, data = peft.get_peft_model(model, make(peft)), batch(model.config.vocab_size)
+        m, data = peft.get_peft_model(prepare(model), make(peft)), batch(model.config.vocab_size)
         params = {name(n): p for n, p in m.named_parameters() if p.requires_grad}
         return params, lambda: m(**data, use_cache=False).loss, lambda t: view(model, t)
     return ready
@@ -45,6 +45,20 @@ def peer(make, name, view=lambda model, t: t):
 def lora():
     from peftbook.lora import LoRA
     return LoRA(r=4, alpha=8, targets='qv')
+
+def qlora():
+    from peftbook.qlora import QLoRA
+    return QLoRA(r=16, alpha=32)
+
+def bnb_layers(model):
+    "The same model with bitsandbytes' 4-bit layers, NF4 and double quantization, as PEFT wants to find them."
+    import bitsandbytes as bnb
+    for n, m in [o for o in model.named_modules() if type(o[1]).__name__ == 'Linear' and o[0] != 'lm_head']:
+        new = bnb.nn.Linear4bit(m.in_features, m.out_features, m.bias is not None, compute_dtype=m.weight.dtype, compress_statistics=True, quant_type='nf4')
+        new.load_state_dict(m.state_dict())
+        model.set_submodule(n, new.to('cpu'))
+    model.is_loaded_in_4bit = True
+    return model
 
 def prompt(n):
     from peftbook.prompt_tuning import PromptTuning
@@ -64,6 +78,7 @@ def prompt_peer(n): return peer(lambda peft: peft.PromptTuningConfig(task_type='
 
 sides = dict(
     lora=(ours(lora), peer(lambda peft: peft.LoraConfig(r=4, lora_alpha=8, target_modules=['q_proj', 'v_proj'], lora_dropout=0.), lora_name)),
+    qlora=(ours(qlora), peer(lambda peft: peft.LoraConfig(r=16, lora_alpha=32, target_modules='all-linear', lora_dropout=0.), lora_name, prepare=bnb_layers)),
     prompt=(ours(lambda: prompt(20)), prompt_peer(20)),
     prompt100=(ours(lambda: prompt(100)), prompt_peer(100)),
     prefix=(ours(lambda: prefix(20)), peer(lambda peft: peft.PrefixTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=20), lambda name: 'prefix', layers_first)))

@@ -73,8 +73,11 @@ def test_three_steps_end_where_pefts_do(arch):
 def test_generation_equals_pefts(arch):
     "peft#2821: the same tokens, with the cache."
     m, t, theirs, w = pair(arch)
+    want = ids # word by word: PEFT 0.21.2's own generate loses its prefix under transformers 5.24, which renamed the cache
+    with torch.no_grad():
+        for _ in range(8): want = torch.cat((want, theirs(input_ids=want, attention_mask=torch.ones_like(want)).logits[:, -1:].argmax(-1)), 1)
     kw = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
-    assert torch.equal(m.generate(input_ids=ids, **kw), theirs.generate(input_ids=ids, **kw))
+    assert torch.equal(m.generate(input_ids=ids, **kw), want)
 
 # --- padding, caches
 

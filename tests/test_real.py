@@ -8,6 +8,8 @@ from peftbook.lora import LoRA
 from peftbook.models import generate, load_model
 from peftbook.prefix_tuning import PrefixTuning
 from peftbook.prompt_tuning import PromptTuning
+from peftbook.qlora import QLoRA
+from peftbook.quantization import load_quantized
 from peftbook.scenarios import scenarios
 from peftbook.soft_prompting import SoftPrompting
 from peftbook.training import evaluate, fit
@@ -15,12 +17,15 @@ from peftbook.training import evaluate, fit
 @pytest.fixture(scope='module')
 def real(): return load_model()
 
-trials = {Full: 16, PromptTuning: 32, PrefixTuning: 16, Adapters: 16, LoRA: 16} # steps: vectors in front learn more slowly
+@pytest.fixture(scope='module')
+def few_bits(): return load_quantized()
+
+trials = {Full: 16, PromptTuning: 32, PrefixTuning: 16, Adapters: 16, LoRA: 16, QLoRA: 16} # steps: vectors in front learn more slowly
 
 @pytest.mark.parametrize('method,steps', trials.items(), ids=lambda o: getattr(o, '__name__', ''))
-def test_learns_the_airline_task(real, method, steps, tmp_path):
+def test_learns_the_airline_task(request, method, steps, tmp_path):
     import torch
-    tuner, (model, tok) = method(), real
+    tuner, (model, tok) = method(), request.getfixturevalue('few_bits' if method is QLoRA else 'real')
     task = scenarios['airline']()
     task.score = None # the loss tells in a few steps what the score tells in many
     torch.manual_seed(0)
