@@ -50,12 +50,13 @@ def qlora():
     from peftbook.qlora import QLoRA
     return QLoRA(r=16, alpha=32)
 
-def bnb_layers(model):
+def bnb_layers(model, block_size=64):
     "The same model with bitsandbytes' 4-bit layers, NF4 and double quantization, as PEFT wants to find them."
     import bitsandbytes as bnb
     for n, m in [o for o in model.named_modules() if type(o[1]).__name__ == 'Linear' and o[0] != 'lm_head']:
         new = bnb.nn.Linear4bit(m.in_features, m.out_features, m.bias is not None, compute_dtype=m.weight.dtype, compress_statistics=True, quant_type='nf4')
         new.load_state_dict(m.state_dict())
+        new.weight.blocksize = block_size
         model.set_submodule(n, new.to('cpu'))
     model.is_loaded_in_4bit = True
     return model

@@ -31,7 +31,8 @@ def test_bitsandbytes_bit_for_bit(name, dtype, double):
     for what, w in weights().items():
         for block in (32, 64, 256, 4096):
             w = w.to(dtype)
-            codes, state = F.quantize_4bit(w.contiguous(), blocksize=block, quant_type=name, compress_statistics=double)
+            # as one long row: with AVX512 bitsandbytes 0.50 takes wrong scales where the rows of a matrix are shorter than a block
+            codes, state = F.quantize_4bit(w.reshape(1, -1), blocksize=block, quant_type=name, compress_statistics=double)
             q = quantize_tensor(w, 4, name, block, double)
             same = dict(codes=(q.codes, codes.flatten()), scales=(q.scales, state.absmax), dense=(q.dequantize(), F.dequantize_4bit(codes, state).view(w.shape)))
             if double: same |= dict(top=(q.tensors['scale_max'], state.state2.absmax), mean=(q.tensors['scale_mean'], state.offset))

@@ -1,5 +1,5 @@
 "One real training on the real model per method: few steps, for the gate; the chapters show the whole ones."
-import pytest
+import pytest, torch
 
 from peftbook.adapters import Adapters
 from peftbook.core import Tuner
@@ -24,7 +24,6 @@ trials = {Full: 16, PromptTuning: 32, PrefixTuning: 16, Adapters: 16, LoRA: 16, 
 
 @pytest.mark.parametrize('method,steps', trials.items(), ids=lambda o: getattr(o, '__name__', ''))
 def test_learns_the_airline_task(request, method, steps, tmp_path):
-    import torch
     tuner, (model, tok) = method(), request.getfixturevalue('few_bits' if method is QLoRA else 'real')
     task = scenarios['airline']()
     task.score = None # the loss tells in a few steps what the score tells in many
@@ -42,9 +41,9 @@ def test_learns_the_airline_task(request, method, steps, tmp_path):
     assert generate(model, tok, [task.test[0]['prompt']]) == reply
     back.detach()
 
-def test_words_reuse_the_computed_prefix(real, tmp_path):
+def test_words_reuse_the_computed_prefix(tmp_path):
     "Soft prompting on the real model: same replies with the prefix computed once as with the words sent each time, and after loading."
-    model, tok = real
+    model, tok = load_model(dtype=torch.float32) # in bf16 the two ways round differently, and a close choice of a word may turn
     task = scenarios['airline']()
     asked = [r['prompt'] for r in task.test[:3]]
     t = SoftPrompting().for_task(task).attach(model)
