@@ -505,10 +505,12 @@ def _header(path):
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{path} cannot be read as safetensors ({e}): copy it again') from None
 
 # %% ../nbs/30_quantization.ipynb #45123554
-def _read_tensor(f, entry):
-    "One tensor of an open safetensors file, by seek and read: no more of the file is in memory."
+def _nbytes(entry): return math.prod(entry[1])*entry[0].itemsize
+
+def _read_tensor(f, entry, room=None):
+    "One tensor of an open safetensors file, by seek and read: no more of the file is in memory. `room`: bytes to read it into."
     dt, shape, start = entry
-    t = torch.empty(shape, dtype=dt)
+    t = torch.empty(shape, dtype=dt) if room is None else room[:_nbytes(entry)].view(dt).view(shape)
     if t.numel():
         f.seek(start)
         f.readinto(memoryview(t.view(-1).view(torch.uint8).numpy()))
@@ -572,14 +574,17 @@ def _put(model, name, t):
 def _fill(model, plan, layers, dtype, device, options, compute_dtype):
     "Read tensor by tensor; a weight of `layers` is quantized as it comes and dropped."
     f, current = None, None
+    owners = {name: o for _, _, name, _ in plan if name.endswith('.weight') and (o := name.removesuffix('.weight')) in layers}
+    # one place to read them all into: large tensors that come and go between the codes would leave holes in the process's memory
+    room = torch.empty(max((_nbytes(e) for _, _, name, e in plan if name in owners), default=0), dtype=torch.uint8)
     try:
         for path, key, name, entry in plan:
             if path != current:
                 if f: f.close()
                 f, current = open(path, 'rb'), path
-            t, owner = _read_tensor(f, entry).to(device), name.removesuffix('.weight')
+            t = _read_tensor(f, entry, room if name in owners else None).to(device)
             if t.is_floating_point() and torch.promote_types(t.dtype, dtype) != dtype: t = t.to(dtype) # else it fits without loss
-            if owner in layers and name.endswith('.weight'):
+            if owner := owners.get(name):
                 m = model.get_submodule(owner)
                 try: q = quantize_tensor(t.T if type(m).__name__ == 'Conv1D' else t, **options)
                 except ValueError as e: raise ValueError(f'{name}: {e}') from None
