@@ -281,7 +281,8 @@ def _snake(cls): return re.sub('(?<=[a-z])(?=[A-Z][a-z])', '_', cls.__name__).lo
 
 class Tuner:
     "A way of fine-tuning: edits to a model that can be taken back, and the tensors in them that train."
-    lr = 1e-3 # default learning rate
+    lr = 1e-3 # default learning rate; None: nothing trains
+    steps = 120 # default length of a run
     starts_as_base = True # is the model unchanged by a fresh tuner?
     unmergeable = '' # why it can't be folded into the weights, if so
     model = None # the model it is attached to

@@ -107,6 +107,7 @@ def check_front(model, n_tokens):
 # %% ../nbs/11_soft_prompting.ipynb #6a03aa7e
 class SoftPrompting(Tuner):
     "Words in front of the request: an instruction and examples. Nothing trains."
+    lr = None
     starts_as_base = False
     unmergeable = 'it is words in front of the request, and changes no weight'
     has_system = True # has the template a system turn? `attach` looks

@@ -452,7 +452,7 @@ def fit(
     tuner:Tuner, # attached to its model
     tok, # the model's tokenizer
     task:Task, # what to learn
-    steps:int=100, # updates of the tensors
+    steps:int=None, # updates of the tensors; None: as many as the method takes by default
     lr:float=None, # highest learning rate; None: the method's own
     batch_size:int=8, # rows at a time in each process
     accumulate:int=1, # batches in a step
@@ -467,7 +467,7 @@ def fit(
     max_length:int=1024, # tokens of a row at most, the prompt's oldest go first; None: as many as the model takes
 ) -> History: # loss, rate and more at every step
     "Train the tensors of `tuner` with its optimizer, AdamW in fp32: the same end however rows are spread and however often it is stopped."
-    out, lr, model = None if out is None else Path(out), tuner.lr if lr is None else lr, tuner.model
+    out, lr, steps, model = None if out is None else Path(out), tuner.lr if lr is None else lr, tuner.steps if steps is None else steps, tuner.model
     live = _trainable(tuner)
     options = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, pack=pack, max_length=max_length)
     _check_options(options | dict(eval_every=eval_every), dict(lr=lr, clip=clip))
