@@ -160,7 +160,7 @@ def test_code_in_a_model_folder_is_never_run(tmp_path):
     with pytest.raises(ValueError, match='no model can be read from') as e: load_model(tmp_path)
     assert one_line(e.value) and not (tmp_path/'ran').exists()
 
-@pytest.mark.parametrize('caps,dtype', [({}, torch.float32), (dict(avx512_bf16=True), torch.bfloat16), (dict(amx_bf16=True), torch.bfloat16),
+@pytest.mark.parametrize('caps,dtype', [({}, torch.float32), (dict(avx512_bf16=True), torch.float32), (dict(amx_bf16=True), torch.bfloat16),
                                         (dict(avx2=True, amx_bf16=False), torch.float32)])
 def test_bfloat16_only_where_the_processor_multiplies_it(monkeypatch, caps, dtype):
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: caps, raising=False)
