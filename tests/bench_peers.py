@@ -25,8 +25,9 @@ def batch(vocab):
 def ours(make):
     "Our side of a method."
     def ready(model):
-        from peftbook.speed import supervised_loss
+        from peftbook.speed import fast_attention, supervised_loss
         tuner, data = make().attach(model), batch(model.config.vocab_size)
+        fast_attention(model).__enter__() # as `fit` does, for the life of this process
         def loss():
             total, n = supervised_loss(model, data)
             return total/n
