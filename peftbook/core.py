@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['methods', 'Wrapper', 'Swap', 'Hook', 'Patch', 'Site', 'features', 'weight_of', 'name_test', 'find_sites',
-           'fingerprint', 'write_atomic', 'save_tensors', 'Tuner', 'versions', 'read_adapter', 'adapter_info',
-           'checkpoint_activations', 'check_tuner', 'module_hash', 'stamp']
+           'fingerprint', 'write_atomic', 'save_tensors', 'in_fp32', 'Tuner', 'versions', 'read_adapter',
+           'adapter_info', 'checkpoint_activations', 'check_tuner', 'module_hash', 'stamp']
 
 # %% ../nbs/01_core.ipynb #3b7b26b4
 import ast, errno, hashlib, inspect, json, math, os, re, tempfile
@@ -269,9 +269,13 @@ def save_tensors(
         raise OSError(code, f'{os.strerror(code)}; nothing was written', str(path)) from None
 
 # %% ../nbs/01_core.ipynb #2347a46a
-def _adamw(tuner, params, lr):
-    "Tensors in a low precision would lose small steps (peft#1249). No weight decay: zero is mostly the untuned base."
+def in_fp32(tuner):
+    "Bring the tensors of `tuner` into fp32: in a low precision small steps would be lost (peft#1249)."
     for p in tuner.params.values(): p.data = p.data.float()
+
+def _adamw(tuner, params, lr):
+    "AdamW in fp32. No weight decay: zero is mostly the untuned base."
+    in_fp32(tuner)
     return torch.optim.AdamW(params, lr=lr, weight_decay=0.)
 
 # %% ../nbs/01_core.ipynb #5468cd17

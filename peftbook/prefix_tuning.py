@@ -17,7 +17,7 @@ from .prompt_tuning import *
 # %% ../nbs/13_prefix_tuning.ipynb #14ee9349
 class PrefixTuning(Tuner):
     "Trainable keys and values in front of those of every attention layer (Li and Liang 2021, arXiv:2101.00190, section 4)."
-    lr, steps = 6e-2, 200
+    lr, steps = 6e-2, 300
     starts_as_base = False
     unmergeable = 'its keys and values stand in front of those of the request, where no weight of the base can take their place'
     def __init__(self,
@@ -100,7 +100,7 @@ def step(self:SpreadAdam):
 def optimizer(self:PrefixTuning, params, lr):
     "`SpreadAdam` in fp32; plain AdamW for the MLP, whose tensors are no keys or values."
     if self.reparam: return Tuner.optimizer(self, params, lr)
-    for p in self.params.values(): p.data = p.data.float()
+    in_fp32(self)
     return SpreadAdam(params, lr)
 
 # %% ../nbs/13_prefix_tuning.ipynb #18fc566d
