@@ -287,6 +287,7 @@ class Tuner:
     "A way of fine-tuning: edits to a model that can be taken back, and the tensors in them that train."
     lr = 1e-3 # default learning rate; None: nothing trains
     steps = 120 # default length of a run
+    batch_size = 4 # default rows of a step: small ones and more of them get furthest in the minutes that two cores take
     starts_as_base = True # is the model unchanged by a fresh tuner?
     unmergeable = '' # why it can't be folded into the weights, if so
     model = None # the model it is attached to

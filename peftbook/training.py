@@ -454,7 +454,7 @@ def fit(
     task:Task, # what to learn
     steps:int=None, # updates of the tensors; None: as many as the method takes by default
     lr:float=None, # highest learning rate; None: the method's own
-    batch_size:int=8, # rows at a time in each process
+    batch_size:int=None, # rows at a time in each process; None: as many as the method takes by default
     accumulate:int=1, # batches in a step
     warmup:float=0.1, # share of the steps over which the rate climbs
     schedule:str='cosine', # one of `schedules`: how it falls afterwards
@@ -467,8 +467,8 @@ def fit(
     max_length:int=1024, # tokens of a row at most, the prompt's oldest go first; None: as many as the model takes
 ) -> History: # loss, rate and more at every step
     "Train the tensors of `tuner` with its optimizer, AdamW in fp32: the same end however rows are spread and however often it is stopped."
-    out, lr, steps, model = None if out is None else Path(out), tuner.lr if lr is None else lr, tuner.steps if steps is None else steps, tuner.model
-    live = _trainable(tuner)
+    out, model, live = None if out is None else Path(out), tuner.model, _trainable(tuner)
+    lr, steps, batch_size = [v if v is not None else own for v, own in ((lr, tuner.lr), (steps, tuner.steps), (batch_size, tuner.batch_size))]
     options = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, pack=pack, max_length=max_length)
     _check_options(options | dict(eval_every=eval_every), dict(lr=lr, clip=clip))
     rates = [lr*o for o in lr_schedule(schedule, steps, warmup)]
@@ -496,7 +496,7 @@ def sweep(
     task:Task, # its `train` rows teach, its `valid` rows judge
     rates, # the learning rates to try
     steps:int=30, # of each run
-    batch_size:int=4, # rows in a step
+    batch_size:int=None, # rows in a step; None: the method's own
     n:int=24, # rows of `valid`
     seed:int=0, # of the tensors at the start, and of the order of the rows
 ) -> dict: # learning rate -> loss per supervised token

@@ -302,7 +302,7 @@ def test_bf16_trains_in_12_bytes(task):
     kept = []
     make = t.optimizer
     t.optimizer = lambda params, lr: kept.append(make(params, lr)) or kept[0]
-    hist = fit(t, tok, task, steps=30, lr=1e-3)
+    hist = fit(t, tok, task, steps=30, lr=1e-3, batch_size=8)
     n = sum(p.numel() for p in t.params.values())
     assert sum(training_bytes(t.params.values()).values()) == 12*n
     assert sum(s.numel()*s.element_size() for o in kept[0].state.values() for k, s in o.items() if k != 'step') == 8*n
