@@ -461,6 +461,8 @@ def read_adapter(
     except ValueError as e: raise ValueError(f'{js} is not valid JSON ({e}): it was damaged; train or copy the adapter again') from None
     lacks = {'method', 'config', 'base', 'sha256'} - set(info if isinstance(info, dict) else ())
     if lacks: raise ValueError(f"{js} lacks {', '.join(sorted(lacks))}: it was not written by tuner.save")
+    if not (isinstance(info['method'], str) and isinstance(info['config'], dict) and isinstance(info['base'], dict) and {'name', 'fingerprint'} <= info['base'].keys()):
+        raise ValueError(f"{js} is damaged: 'method' must be a name, 'config' and 'base' objects, and base needs 'name' and 'fingerprint'; copy the adapter again")
     data = st.read_bytes()
     if hashlib.sha256(data).hexdigest() != info['sha256']: raise ValueError(f'{st} does not match the SHA-256 in tuner.json: it is truncated or was changed; copy the adapter again')
     try: return info, from_bytes(data)
@@ -503,20 +505,30 @@ def take(self:Tuner,
 
 # %% ../nbs/01_core.ipynb #8320a1c5
 @patch(cls_method=True)
+def read(cls:Tuner,
+    path, # a folder that `save` wrote
+    model:nn.Module, # the base it was trained on
+    base_mismatch:str='raise', # or 'warn': what to do on another base
+) -> Tuner: # made for `model`, not attached
+    "Make the tuner that a file holds, whatever its method. Keys, shapes and base must agree; else `ValueError`. The model is untouched."
+    info, have = read_adapter(path)
+    if info['method'] not in methods: raise ValueError(f"{path} holds the method {info['method']!r}; those imported are {', '.join(methods) or 'none'}: import its module first")
+    try:
+        self = methods[info['method']](**info['config'])
+        _check_base(path, info, model, base_mismatch)
+        self._build(model, fresh=False)
+    except TypeError as e: raise ValueError(f'{path}: its options do not fit this version of {info["method"]} ({e})') from None
+    self.take(have, path)
+    return self
+
+@patch(cls_method=True)
 def load(cls:Tuner,
     path, # a folder that `save` wrote
     model:nn.Module, # the base it was trained on
     base_mismatch:str='raise', # or 'warn': what to do on another base
 ) -> Tuner: # attached to `model`
-    "Make the tuner that a file holds, whatever its method, and attach it. Keys, shapes and base must agree; else `ValueError`, and the model is untouched."
-    info, have = read_adapter(path)
-    if info['method'] not in methods: raise ValueError(f"{path} holds the method {info['method']!r}; those imported are {', '.join(methods) or 'none'}: import its module first")
-    try: self = methods[info['method']](**info['config'])
-    except TypeError as e: raise ValueError(f'{path}: its options do not fit this version of {info["method"]} ({e})') from None
-    _check_base(path, info, model, base_mismatch)
-    self._build(model, fresh=False)
-    self.take(have, path)
-    return self.attach(model)
+    "`read` the tuner, and attach it."
+    return cls.read(path, model, base_mismatch).attach(model)
 
 # %% ../nbs/01_core.ipynb #ce201b0f
 def _numbers(model):
