@@ -52,7 +52,9 @@ class Swap:
         new:Wrapper, # what takes its place
     ): self.name, self.new = name, new
     def tensors(self): return {f'{self.name}.{n}': t for n, t in _own(self.new, self.new.base).items()}
-    def apply(self, model): model.set_submodule(self.name, self.new)
+    def apply(self, model):
+        self.new.train(self.new.base.training) # its parts too, dropout among them
+        model.set_submodule(self.name, self.new)
     def undo(self, model): model.set_submodule(self.name, self.new.base)
 
 # %% ../nbs/01_core.ipynb #cfc00f23
@@ -483,7 +485,7 @@ def _check_base(path, info, model, base_mismatch):
     if theirs == ours: return
     what = 'layers' if theirs[:16] != ours[:16] else 'weights'
     msg = (f"{path} was trained on another base, {info['base']['name']!r}, whose {what} differ from {getattr(model, 'name_or_path', '')!r}: "
-           "load that base, or pass base_mismatch='warn'")
+           "load that base, or pass base_mismatch='warn' to Tuner.load")
     if base_mismatch == 'raise': raise ValueError(msg)
     import warnings; warnings.warn(msg)
 
