@@ -202,7 +202,8 @@ class Bank:
         if (t := getattr(model, 'tuner', None)) is not None: raise ValueError(f'the model carries {t.name}: detach() it first, and add() it to the bank')
         if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 0): raise ValueError(f'max_bytes={max_bytes!r} must be a whole number of bytes, or None')
         self.model, self.tok, self.max_bytes = model, tok, max_bytes
-        self.folders, self.loaded, self.lock = {}, OrderedDict(), threading.RLock() # name -> folder or None; name -> tuner, the last used last
+        self.folders, self.loaded, self.used = {}, OrderedDict(), None # name -> folder or None; name -> tuner, the last used last; the last of `use`
+        self.lock = threading.RLock()
 
 # %% ../nbs/40_many_tasks.ipynb #001b2fd4
 @patch(as_prop=True)
@@ -297,9 +298,9 @@ def _tuner(self:Bank, name, keep=()):
 
 @patch
 def _trim(self:Bank, keep):
-    "Drop tuners that were not used for longest, until the rest are within the limit; never one of `keep`, the current one or one without a folder."
+    "Drop tuners that were not used for longest, until the rest are within the limit; never one of `keep`, the one in use or one without a folder."
     if self.max_bytes is None: return
-    can = [n for n in self.loaded if self.folders[n] is not None and n not in keep and n != self.current]
+    can = [n for n in self.loaded if self.folders[n] is not None and n not in keep and n != self.used]
     for n in can:
         if self.nbytes <= self.max_bytes: break
         del self.loaded[n]
@@ -322,6 +323,7 @@ def use(self:Bank,
             self.loaded[old].detach()
             for e in self.loaded[old]._edits:
                 if isinstance(e, SharedWords): e.kept = None # computed again when it is used again
+        self.used = name
         if new is not None: new.attach(self.model)
         self._trim([])
         return new
@@ -350,6 +352,7 @@ def use(self:Bank,
             self.loaded[old].detach()
             for e in self.loaded[old]._edits:
                 if isinstance(e, SharedWords): e.kept = None # computed again when it is used again
+        self.used = name
         if new is not None: new.attach(self.model)
         self._trim([])
         return new
