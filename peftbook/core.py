@@ -52,7 +52,9 @@ class Swap:
         new:Wrapper, # what takes its place
     ): self.name, self.new = name, new
     def tensors(self): return {f'{self.name}.{n}': t for n, t in _own(self.new, self.new.base).items()}
-    def apply(self, model): model.set_submodule(self.name, self.new)
+    def apply(self, model):
+        self.new.train(self.new.base.training) # its parts too, dropout among them
+        model.set_submodule(self.name, self.new)
     def undo(self, model): model.set_submodule(self.name, self.new.base)
 
 # %% ../nbs/01_core.ipynb #cfc00f23
@@ -466,6 +468,8 @@ def read_adapter(
     except ValueError as e: raise ValueError(f'{js} is not valid JSON ({e}): it was damaged; train or copy the adapter again') from None
     lacks = {'method', 'config', 'base', 'sha256'} - set(info if isinstance(info, dict) else ())
     if lacks: raise ValueError(f"{js} lacks {', '.join(sorted(lacks))}: it was not written by tuner.save")
+    if not (isinstance(info['method'], str) and isinstance(info['config'], dict) and isinstance(info['base'], dict) and {'name', 'fingerprint'} <= info['base'].keys()):
+        raise ValueError(f"{js} is damaged: 'method' must be a name, 'config' and 'base' objects, and base needs 'name' and 'fingerprint'; copy the adapter again")
     data = st.read_bytes()
     if hashlib.sha256(data).hexdigest() != info['sha256']: raise ValueError(f'{st} does not match the SHA-256 in tuner.json: it is truncated or was changed; copy the adapter again')
     try: return info, from_bytes(data)
@@ -486,7 +490,7 @@ def _check_base(path, info, model, base_mismatch):
     if theirs == ours: return
     what = 'layers' if theirs[:16] != ours[:16] else 'weights'
     msg = (f"{path} was trained on another base, {info['base']['name']!r}, whose {what} differ from {getattr(model, 'name_or_path', '')!r}: "
-           "load that base, or pass base_mismatch='warn'")
+           "load that base, or pass base_mismatch='warn' to Tuner.load")
     if base_mismatch == 'raise': raise ValueError(msg)
     import warnings; warnings.warn(msg)
 
@@ -508,20 +512,30 @@ def take(self:Tuner,
 
 # %% ../nbs/01_core.ipynb #8320a1c5
 @patch(cls_method=True)
+def read(cls:Tuner,
+    path, # a folder that `save` wrote
+    model:nn.Module, # the base it was trained on
+    base_mismatch:str='raise', # or 'warn': what to do on another base
+) -> Tuner: # made for `model`, not attached
+    "Make the tuner that a file holds, whatever its method. Keys, shapes and base must agree; else `ValueError`. The model is untouched."
+    info, have = read_adapter(path)
+    if info['method'] not in methods: raise ValueError(f"{path} holds the method {info['method']!r}; those imported are {', '.join(methods) or 'none'}: import its module first")
+    try:
+        self = methods[info['method']](**info['config'])
+        _check_base(path, info, model, base_mismatch)
+        self._build(model, fresh=False)
+    except TypeError as e: raise ValueError(f'{path}: its options do not fit this version of {info["method"]} ({e})') from None
+    self.take(have, path)
+    return self
+
+@patch(cls_method=True)
 def load(cls:Tuner,
     path, # a folder that `save` wrote
     model:nn.Module, # the base it was trained on
     base_mismatch:str='raise', # or 'warn': what to do on another base
 ) -> Tuner: # attached to `model`
-    "Make the tuner that a file holds, whatever its method, and attach it. Keys, shapes and base must agree; else `ValueError`, and the model is untouched."
-    info, have = read_adapter(path)
-    if info['method'] not in methods: raise ValueError(f"{path} holds the method {info['method']!r}; those imported are {', '.join(methods) or 'none'}: import its module first")
-    try: self = methods[info['method']](**info['config'])
-    except TypeError as e: raise ValueError(f'{path}: its options do not fit this version of {info["method"]} ({e})') from None
-    _check_base(path, info, model, base_mismatch)
-    self._build(model, fresh=False)
-    self.take(have, path)
-    return self.attach(model)
+    "`read` the tuner, and attach it."
+    return cls.read(path, model, base_mismatch).attach(model)
 
 # %% ../nbs/01_core.ipynb #ce201b0f
 def _numbers(model):
