@@ -57,10 +57,11 @@ def keys(path):
 def config(path): return json.loads((Path(path)/'adapter_config.json').read_text())
 def reconfig(path, **kw): (Path(path)/'adapter_config.json').write_text(json.dumps(config(path) | kw))
 
-def steps(m, n=3, lr=1e-2):
-    opt = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=lr, weight_decay=0.)
+def steps(m, n=3):
+    "Plain AdamW. PEFT gives the logits of a prompt's vectors too: those of the row stand at the end."
+    opt = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.)
     for _ in range(n):
-        l = m(input_ids=ids, attention_mask=ones).logits
+        l = m(input_ids=ids, attention_mask=ones).logits[:, -ids.shape[1]:]
         cross_entropy(l[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
         opt.step(); opt.zero_grad()
 
@@ -148,8 +149,9 @@ def test_three_more_steps_in_either_library_agree(arch, make, tmp_path):
     m, t = shaken(make(), arch)
     to_peft(t, tmp_path/'a')
     start = logits(m)
-    p = theirs(tmp_path/'a', arch, is_trainable=True)
-    steps(m); steps_peft(p)
+    p = theirs_to_train(tmp_path/'a', arch)
+    assert (logits(p)[:, -6:] - start).abs().max() < 3e-5
+    steps(m); steps(p)
     assert (logits(m) - start).abs().max() > 1e-2 # they moved
     p.save_pretrained(tmp_path/'b')
     back = from_peft(tmp_path/'b', m2 := tiny_model(arch)[0]) # and home again
@@ -157,20 +159,21 @@ def test_three_more_steps_in_either_library_agree(arch, make, tmp_path):
     steps(m); steps(m2)
     assert (logits(m2) - logits(m)).abs().max() < 2e-3 and back.model is m2
 
-def steps_peft(p, n=3):
-    "As `steps`; PEFT's prompts come back in the logits."
-    opt = torch.optim.AdamW([q for q in p.parameters() if q.requires_grad], lr=1e-2, weight_decay=0.)
-    for _ in range(n):
-        l = p(input_ids=ids, attention_mask=ones).logits[:, -ids.shape[1]:]
-        cross_entropy(l[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-        opt.step(); opt.zero_grad()
+def theirs_to_train(path, arch):
+    "PEFT's own way on: `from_pretrained` trains no prompt, so those are made anew and filled."
+    cfg = peft.PeftConfig.from_pretrained(path)
+    if cfg.peft_type == 'LORA': return theirs(path, arch, is_trainable=True)
+    cfg.inference_mode = False
+    p = peft.get_peft_model(tiny_model(arch)[0], cfg).eval()
+    peft.set_peft_model_state_dict(p, peft.load_peft_weights(path))
+    return p
 
 @pytest.mark.parametrize('arch,kw', [('llama', dict(init='pissa')), ('gpt2', dict()), ('phi3', dict(targets=['v', 'o']))])
 def test_side_by_side_factors_train_on_in_peft_and_come_home(arch, kw, tmp_path):
     m, t = shaken(LoRA(r=2, **kw), arch)
     p = theirs(to_peft(t, tmp_path/'a'), arch, is_trainable=True)
     before = logits(p)
-    steps_peft(p)
+    steps(p)
     assert (logits(p) - before).abs().max() > 1e-3
     p.save_pretrained(tmp_path/'b')
     from_peft(tmp_path/'b', m2 := tiny_model(arch)[0])
@@ -202,9 +205,12 @@ def test_qlora_goes_out_and_comes_in_on_the_quantized_base(tmp_path):
 
 def test_detached_and_attached_write_the_same(tmp_path):
     m, t = shaken(LoRA(r=2), 'phi3')
-    a = files(to_peft(t, tmp_path/'a'))
+    def read(path): # the header's order is safetensors' own, and another each time
+        cfg, have, header = interop._read_peft(path)
+        return cfg, {n: x.tolist() for n, x in have.items()}, header
+    a = read(to_peft(t, tmp_path/'a'))
     before = state(m)
-    assert t.model is m and files(to_peft(t.detach(), tmp_path/'b')) == a
+    assert t.model is m and read(to_peft(t.detach(), tmp_path/'b')) == a
     t.attach(m)
     assert all(torch.equal(x, before[n]) for n, x in m.state_dict().items())
 
@@ -213,7 +219,6 @@ def test_detached_and_attached_write_the_same(tmp_path):
 def test_names_of_targets_mean_these_layers_and_no_other(arch, targets, tmp_path):
     "By PEFT's own matching."
     from peft.tuners.tuners_utils import check_target_module_exists
-    if targets == 'lm_head' and arch == 'gptneox': targets = 'embed_out'
     m, t = shaken(LoRA(r=1, targets=targets), arch)
     cfg = peft.LoraConfig.from_pretrained(to_peft(t, tmp_path/'a'))
     names = {n for n, _ in tiny_model(arch)[0].named_modules()}
@@ -241,7 +246,6 @@ def test_the_card_of_rslora_says_what_llama_cpp_needs(tmp_path):
     to_peft(t, tmp_path/'a')
     said = float(re.search(r'set `lora_alpha` to ([\d.]+)', (tmp_path/'a'/'README.md').read_text())[1])
     assert said/4 == pytest.approx(t.scale)
-    shutil.rmtree(tmp_path/'a'/'README.md', ignore_errors=True)
     assert 'rsLoRA' not in model_card(shaken(LoRA())[1])
 
 # --- what is refused, and leaves everything as it was
@@ -265,12 +269,12 @@ def rewrite(path, change, header=dict(format='pt')):
     f = Path(path)/'adapter_model.safetensors'
     have = load_file(f)
     change(have)
-    save_file({k: v.contiguous() for k, v in have.items()}, f, header)
+    save_file({k: v.clone() for k, v in have.items()}, f, header)
 
 def test_another_base_is_refused(tmp_path):
     path = saved(tmp_path)
     refused(path, 'another base.*tiny:llama:0.*weights differ', tiny_model(seed=1)[0])
-    refused(path, 'layers differ', tiny_model('qwen2')[0])
+    refused(path, 'layers differ', tiny_model('gpt2')[0])
     with pytest.warns(UserWarning, match='another base'): from_peft(path, tiny_model(seed=1)[0], base_mismatch='warn')
     refused(path, 'base_mismatch', base_mismatch='ignore')
 
@@ -302,7 +306,7 @@ def test_keys_missing_extra_or_of_another_shape(tmp_path, change, words):
     (dict(trainable_token_indices=[1]), 'trainable_token_indices'), (dict(something_of_2030='x'), 'something_of_2030.*no counterpart'), (dict(target_parameters=['a.b']), 'target_parameters'),
     (dict(peft_type='LOHA'), "'LOHA'.*LORA, PROMPT_TUNING, PREFIX_TUNING"), (dict(task_type='SEQ_CLS'), 'SEQ_CLS'), (dict(init_lora_weights='olora'), 'olora.*changed the base'),
     (dict(init_lora_weights='pissa_niter_4'), 'pissa_niter_4'), (dict(target_modules=['nonesuch']), 'names no linear layer'), (dict(target_modules='(('), 'cannot be read'), (dict(target_modules=7), 'cannot be read'),
-    (dict(r=None), 'lacks r'), (dict(r='2'), "r='2'"), (dict(lora_alpha='much'), "'much'"), (dict(lora_dropout=2), 'dropout=2'), (dict(lora_dropout='x'), 'wrong kind'), (dict(r=3), r'\(2, 32\), the model needs \(3, 32\)')])
+    (dict(r=None), 'lacks r'), (dict(r='2'), "r='2'"), (dict(lora_alpha='much'), "'much'"), (dict(lora_alpha=float('inf')), 'inf is no finite number'), (dict(peft_type=['LORA']), 'can be read'), (dict(lora_dropout=2), 'dropout=2'), (dict(lora_dropout='x'), 'wrong kind'), (dict(r=3), r'\(2, 32\), the model needs \(3, 32\)')])
 def test_options_without_a_counterpart(tmp_path, kw, words):
     path = saved(tmp_path)
     rewrite(path, lambda h: None) # without a seal, as PEFT's own
@@ -318,7 +322,7 @@ def test_prompts_that_do_not_fit(tmp_path):
     path = saved(tmp_path, tuner=PrefixTuning(4))
     rewrite(path, lambda h: None)
     for kw, words in ((dict(num_virtual_tokens=5), r'\(4, 64\).*\(5, 64\)'), (dict(num_attention_heads=3), r'\(4, 64\)'), (dict(num_attention_heads=1), 'the model needs'), (dict(token_dim=None), 'lacks token_dim'),
-        (dict(num_transformer_submodules=2), 'encoder'), (dict(num_virtual_tokens='x'), 'wrong kind|prompt_embeddings|n_tokens')):
+        (dict(num_transformer_submodules=2), 'encoder'), (dict(num_virtual_tokens='x'), 'no whole numbers'), (dict(num_attention_heads=0), 'no whole numbers')):
         was = config(path)
         reconfig(path, **kw); refused(path, words); reconfig(path, **was)
     other = to_peft(shaken(PromptTuning(4))[1], tmp_path/'b')
@@ -451,7 +455,6 @@ def hub(tmp_path, monkeypatch):
     "huggingface_hub's own signatures, with a folder behind them."
     import huggingface_hub as hf
     root = tmp_path/'hub'
-    class Api(hf.HfApi): pass
     api = mock.create_autospec(hf.HfApi, instance=True)
     def create(repo_id, **kw): (root/repo_id).mkdir(parents=True, exist_ok=kw['exist_ok']); return f'https://hub.test/{repo_id}'
     def upload(*, repo_id, folder_path, **kw): shutil.copytree(folder_path, root/repo_id, dirs_exist_ok=True)
@@ -492,6 +495,15 @@ def test_hub_errors_in_one_line(hub):
     fails(http(hf.errors.RepositoryNotFoundError), ValueError, "no public adapter 'me/x'")
     fails(http(hf.errors.GatedRepoError), OSError, 'gated')
     fails(http(hf.errors.RevisionNotFoundError), ValueError, 'no revision')
+
+def test_failed_uploads_in_one_line(hub):
+    import huggingface_hub as hf
+    root, api = hub
+    m, t = shaken(LoRA())
+    for e, exc, words in ((ConnectionError('no\nroute'), OSError, "'me/x' was not uploaded .*no route.*hf auth login"), (hf.errors.HFValidationError('bad'), ValueError, 'no name on the Hub')):
+        api.create_repo.side_effect = e
+        with pytest.raises(exc, match=words) as i: push_to_hub(t, 'me/x')
+        assert '\n' not in str(i.value) and not api.upload_folder.called
 
 def test_a_name_that_is_none_says_so():
     with pytest.raises(ValueError, match='no name on the Hub'): from_hub('/not/a name', tiny_model()[0])
@@ -545,12 +557,12 @@ def test_trl_sft_trainer(make, kw, tmp_path):
     before = state(m)
     t = make().attach(m)
     start = {n: p.detach().clone() for n, p in t.params.items()}
-    rows = datasets.Dataset.from_list([dict(prompt=[dict(role='user', content=f'say {a}')], completion=[dict(role='assistant', content=a)]) for a in 'abcdefgh'])
-    args = trl.SFTConfig(output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], save_strategy='no', use_cpu=True, bf16=False, disable_tqdm=True, logging_steps=1, **kw)
+    rows = datasets.Dataset.from_list([dict(prompt=[dict(role='user', content=f'say {a}')], completion=[dict(role='assistant', content=a)]) for a in 'aaaaaaaa'])
+    args = trl.SFTConfig(output_dir=str(tmp_path), max_steps=4, lr_scheduler_type='constant', per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], save_strategy='no', use_cpu=True, bf16=False, disable_tqdm=True, logging_steps=1, **kw)
     tr = trl.SFTTrainer(model=m, args=args, train_dataset=rows, processing_class=tok)
     tr.train()
     losses = [h['loss'] for h in tr.state.log_history if 'loss' in h]
-    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert len(losses) == 4 and losses == sorted(losses, reverse=True) # the same row each time
     assert any(not torch.equal(p.cpu(), start[n]) for n, p in t.params.items())
     to_peft(t, tmp_path/'a')
     t.detach()
