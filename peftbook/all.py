@@ -25,9 +25,10 @@ from .lora import *
 from .quantization import *
 from .qlora import *
 from .many_tasks import *
+from .interop import *
 from .explorers import *
 
 # %% ../nbs/91_all.ipynb #614d896c
 _modules = ('models core data scenarios speed training evaluation full soft_prompting prompt_tuning prefix_tuning '
-            'adapters lora quantization qlora many_tasks explorers').split()
+            'adapters lora quantization qlora many_tasks interop explorers').split()
 __all__ = [name for m in _modules for name in sys.modules[f'peftbook.{m}'].__all__]
