@@ -283,10 +283,10 @@ def test_kinds_weigh_alike():
         rows = getattr(once('banking'), split)
         count = lambda k, v: sum(r[k] == v for r in rows)/len(rows)
         assert all(abs(count('kind', k) - 1/3) < .02 for k in ('invest', 'loan', 'tax'))
-        assert all(abs(count('ask', k) - w) < .05 for k, w in dict(advice=.4, how=.2, hours=.2, term=.1, amount=.1).items())
+        assert all(abs(count('ask', k) - w) < .05 for k, w in dict(advice=.35, how=.2, hours=.15, term=.15, amount=.15).items())
         for kind in ('invest', 'loan', 'tax'):              # the question gives no hint of the caveat
             own = [r for r in rows if r['kind'] == kind]
-            assert abs(sum(r['ask'] == 'advice' for r in own)/len(own) - .4) < .1
+            assert abs(sum(r['ask'] == 'advice' for r in own)/len(own) - .35) < .1
         rows = getattr(once('sales'), split)
         assert all(abs(sum(r['sector'] == s for r in rows)/len(rows) - 1/6) < .02 for s in {r['sector'] for r in rows})
 
