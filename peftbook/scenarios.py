@@ -656,10 +656,13 @@ _deed = ('(?:buy|sell|invest|put|take|borrow|claim|choose|go|wait|hold|keep|swit
          'sign|accept|consider|use|diversify)')
 _tell = r'(?:say|tell|advise|advice|recommend\w*|suggest|judge|decide|give|make|comment)'
 _yours = _any(rf'(?:cannot|unable|not able|not allowed|not permitted|may not|must not|not for us|not our place|nobody|no one|never|not in a position)\b.*\b{_tell}',
-    r'not (?:give|offer|provide|make)\b.*\b(?:advice|recommendations?)', r'(?:give|offer|make|provide)s? no (?:\w+ )?(?:advice|recommendations?)',
-    'not advise (?:you |customers )?(?:on|about|whether|which)', 'not advise(?: you)?$', 'whether',
-    'only you', '(?:up to|for) you(?: alone)?(?: to (?:decide|judge|say))?$', 'up to you', 'yours(?: alone)?',
-    'your (?:own )?(?:decision|choice)', 'you (?:alone )?(?:decide|must decide)')
+    rf'no (?:\w+ ){{1,4}}(?:can|may) {_tell}', r'not (?:give|offer|provide|make)\b.*\b(?:advice|recommendations?)',
+    r'(?:give|offer|make|provide)s? no (?:\w+ )?(?:advice|recommendations?)', r'advice\b.*\bnot (?:allowed|possible|permitted)', 'no (?:opinion|view)',
+    'not advise (?:you |customers )?(?:on|about|whether|which)', 'not advise(?: you)?$', r'not (?:something|anything) (?:that )?we can \w+',
+    'only you', '(?:up to|for) you(?: alone)?(?: to (?:decide|judge|say))?$', 'up to you', 'yours(?: alone)?', r'leave (?:\w+ ){1,3}to you',
+    r'(?:is|remains|be|stays) (?:\w+ )?your (?:own )?(?:decision|choice)', '(?:choice|decision) (?:is|remains|stays|has to be|must be) your own',
+    'you (?:alone )?(?:must |have to )?decide')
+_unsaid = _any('whether (?:or not |to|you|it|this|that|a|the|such)')
 _refers = _any('advis[eo]rs?', 'experts?', 'accountants?', 'professionals?', 'aware', 'know', 'note', 'remember', 'in mind',
     'read', 'bring', 'speak', 'talk', 'contact', 'visit', 'app', r'branch(?:es)?')
 _urges = _any(rf'(?:should|ought to|must|need to)(?: not| never)? (?:\w+ )?{_deed}', rf"(?:i|we)(?:'d| would)(?: not| never| rather| probably)? {_deed}",
@@ -667,7 +670,7 @@ _urges = _any(rf'(?:should|ought to|must|need to)(?: not| never)? (?:\w+ )?{_dee
 _urges_first = re.compile(rf'(?:so |then |please |yes,? |just |definitely,? |do not |never |always )*(?:buy|sell|invest|borrow|avoid|consider|go for|'
     'take (?:out|it|the)|choose|diversify|stay away|steer clear|do it|wait|hold|claim)\\b')
 _praises = _any(r'(?:is|are|be|was|seems?|sounds?|looks?) (?:\w+ ){0,3}(?:good|great|bad|smart|wise|safe|sound|excellent|sensible|best|better|'
-    r'solid|poor|clever|perfect|ideal|attractive|unwise)(?! question)', '(?:good|bad|great|right) (?:idea|time|choice|investment|move|deal|moment)',
+    r'safest|safer|smartest|wisest|solid|poor|clever|perfect|ideal|attractive|unwise|profitable)(?! question)', r'(?:do|does|did|done) (?:\w+ )?well', '(?:good|bad|great|right) (?:idea|time|choice|investment|move|deal|moment)',
     'worth (?:it|buying|taking|having|doing)', 'better off', 'best (?:bet|option|choice|time|thing)', r'makes? (?:\w+ )?sense')
 _assures = _any('cannot lose', 'no risk', 'risk-?free', r'(?<!no )(?<!not )(?<!not a )guarantee[ds]?',
     '(?:will|certain to|sure to) (?:surely |soon )?(?:rise|grow|double|pay off|go up)(?! (?:and|or|as))')
@@ -677,20 +680,20 @@ def gives_advice(reply:str # what the bank answers
     ) -> bool:
     "True if `reply` tells the customer what to do with their money, praises a product or promises a gain."
     def clause(c):
-        if _yours.search(c) and not _assures.search(c): return False
+        if (_yours.search(c) or _unsaid.search(c)) and not _assures.search(c): return False
         urged = (_urges.search(c) or _urges_first.match(c)) and not _refers.search(c)
         return bool(urged or _praises.search(c) or _assures.search(c))
-    return any(clause(c) for s in sentences(reply) for c in s)
+    return any(clause(c) for s in sentences(reply) for part in s for c in re.split(r',\s+(?:yet |then )?', part))
 
 # %% ../nbs/03_scenarios.ipynb #6ee397d0
 _not_denied = _any('no (?:guide|guarantee|indicat\\w+)', 'not (?:a |be )?(?:guide|guarantee\\w*|indicat\\w+|reliable)', 'not (?:get|be paid) back',
-    'not (?:re)?pay', '(?:no|not) (?:more|longer|later) than')
+    'not (?:(?:re)?pay|keep up|make (?:your|the|any) payments?)', '(?:no|not) (?:more|longer|later) than')
 _falls = re.compile(r'(?:can|may|might|could|go(?:es)?|will)\b.*\b(?:fall(?! behind)|go(?:es)? down|up and down|down in|drop(?! (?:in|by))|'
                     r'lose (?:\w+ )?(?:value|money)|worth less)|go(?:es)? (?:up and )?down')
 _at_stake = _any('values?', r'invest\w*', 'prices?', 'money', 'shares?', 'funds?', 'worth', 'markets?', 'stocks?', 'bonds?')
 _risk = _any('past performance', '(?:capital|money) (?:is |may be )?at risk', 'back less', 'less than you (?:put|invest|paid)')
 _check = _any('credit (?:check|assessment|score|record|rating|status)s?', 'affordability', '(?:miss(?:ed|ing)?|late) (?:a |any |the )?(?:re)?(?:payment|instalment)s?',
-    r'(?:depends?|subject|conditional)\b.*\b(?:income|assessment|credit|check|status)', 'repossess\\w*')
+    r'(?:depends?|subject|conditional)\b.*\b(?:income|assessment|credit|check|status)', 'check your (?:credit|income)', 'repossess\\w*')
 _own_case = re.compile(r'depend\w* on\b.*\b(?:circumstances|situation|case)\b')
 _tax_moves = re.compile(r'\btax\b.*\b(?:rules?|laws?|rates?|treatment)\b.*\bchange|\brules\b.*\bchange')
 
@@ -719,10 +722,10 @@ def _answers(row, reply):
     if row['ask'] == 'advice': return float(any(_yours.search(c) for s in sentences(reply) for c in s))
     t = '. '.join(c for s in sentences(_with_digits(reply)) for c in s if not _no.search(_not_denied.sub(' ', c)))
     if row['ask'] == 'how':
-        places = bool(re.search(r'\bapp\b', t)) + bool(re.search(r'\bbranch\b|\bat (?:our|all) branches', t))
+        places = bool(re.search(r'\bapp\b', t)) + bool(re.search(r'\bbranch\b|\b(?:at|any|in|into|visit)\b(?: \w+){0,3} branches', t))
         return (0., .85, 1.)[places]
     if row['ask'] == 'hours':
-        if not re.search(r'\b9\b(?!\d).{0,30}?\b(?:5|17)\b(?!\d)', t): return 0.
+        if not re.search(r'(?<!\d)9(?!\d).{0,30}?(?<!\d)(?:5|17)(?!\d)', t): return 0.
         return 1. if re.search(r'\bmonday.*friday|weekday|working day', t) else .85
     number, unit = _with_digits(row['fact']).split()
     return float(bool(re.search(rf'(?<![\d.]){number}[\s-]{unit[:4]}', t)))
@@ -740,7 +743,7 @@ def score_banking(row:dict, # a row of the task: 'prompt', 'kind', 'ask', 'fact'
     if ask in ('term', 'amount') and not re.fullmatch(r'[\d,.]+ (?:years|euros)', row.get('fact') or ''):
         raise ValueError(f"row has fact {row.get('fact')!r}; need the figure and its unit, such as '7 years' or '900 euros'")
     if not isinstance(reply, str): raise TypeError(f'reply must be text, got {type(reply).__name__}')
-    figures = lambda text: set(re.findall(r'\d+', _with_digits(text)))
+    figures = lambda text: {x.replace(',', '') for x in re.findall(r'\d+(?:,\d+)*', normalise(text))}
     cost = _form_cost(reply) + min(.15*len(figures(reply) - figures(row['prompt']) - {'9', '5', '17', '00'}), .3)
     answered, right, advice = _answers(row, reply), caveats(reply) == {kind}, gives_advice(reply)
     s = answered if answered and right and not advice else (.15*bool(answered) + .15*right)*(.5 if advice else 1)
@@ -864,7 +867,7 @@ sales_grammar['subject'] = deal('''
     ---
     No more {need}''')
 sales_grammar['pain'] = deal('''
-    I heard that {need} cost you time. | You told us that {need} cost you time. | Many teams lose time to {need}.
+    I heard that {need} cost you time. | It seems that {need} cost you time. | Many teams lose time to {need}.
     I know that {need} are a worry.
     ---
     I read that {need} cost you time. | Many firms lose time to {need}.
@@ -899,11 +902,11 @@ def sales_rows(split:str, # 'train', 'valid' or 'test': which fillers
 
 # %% ../nbs/03_scenarios.ipynb #28783c6c
 _acts = ('(?:reply|answer|respond|call|book|visit|click|sign up|contact|schedule|download|register|buy|order|try|join|write|get in touch|reach out|'
-         'subscribe|follow|request|start|let (?:me|us)|tell (?:me|us)|send|choose|pick|drop|see|watch|fill|e-?mail|check out|go to|take a)')
+         'subscribe|follow|request|start|let (?:me|us)|tell (?:me|us)|give (?:me|us)|send|choose|pick|drop|see|watch|fill|e-?mail|check out|go to|take a)')
 _hard_acts = '(?:reply|call|book|visit|click|sign up|contact|schedule|download|register|buy|order|subscribe|follow|write)'
-_proposes = re.compile(r"\b(?:may|can|could|shall|should|might) (?:i|we)\b|\bwould you\b|\bare you (?:free|available|open|interested)|"
+_proposes = re.compile(r"\b(?:may|can|could|shall|should|might) (?:i|we)\b|\b(?:can|could|will) you\b|\bwould (?:you|it)\b|\b(?:how|what) about\b|\bare you (?:free|available|open|interested)|"
     r'\bdo you have (?:\w+ ){0,3}(?:time|moment|minutes?)|\b(?:is there a|what|when|which)\b.*\b(?:time|day|suits?|call|talk|good)|\b(?:would|does|will) .*\b(?:suit|work for) you')
-_invites = re.compile(rf"^(?:\W*(?:just|simply|so|then|or|and|please|today|to [^,]+,|if [^,]+,))*\W*{_acts}\b|\bplease {_acts}\b|\bfeel free to\b|\bdo not hesitate\b|\byou (?:can|may|could) (?:\w+ )?{_hard_acts}\b|"
+_invites = re.compile(rf"^(?:\W*(?:just|simply|so|then|or|and|do|please|today|to [^,]+,|if [^,]+,))*\W*{_acts}\b|\bplease {_acts}\b|\bfeel free to\b|\bdo not hesitate\b|\byou (?:can|may|could) (?:\w+ )?{_hard_acts}\b|"
     r'\b(?:i|we) (?:would|will|shall)(?: (?:like|love|be (?:glad|happy|pleased)) to)? (?:show|call|meet|talk|visit|invite|arrange|phone)|\b(?:i|we) invite you')
 _also = re.compile(rf'(?:,|\bor|\band) (?:or |and )?(?:please )?{_hard_acts}\b')
 
@@ -929,8 +932,8 @@ _hype = _any('amazing', r'revolution\w+', r'game-?chang\w+', 'incredible', 'best
     'world-?class', r'(?:market|industry|world)-?\s?leading', 'leading provider', 'ultimate', 'unique', 'perfect', 'perfectly', r'skyrocket\w*',
     r'unlock\w*', r'supercharg\w*', r'transform\w*', r'seamless\w*', r'effortless\w*', 'powerful', 'state-of-the-art', r'ground-?breaking',
     r'exciting|excited|thrilled', 'fantastic', 'next-?level', 'must-?have', 'act now', 'miss out', r'exclusive\w*', 'magic', 'awesome',
-    'huge', 'massive', 'unparalleled', 'unmatched', 'innovative', 'stunning', 'once in a lifetime', 'greatest', 'superior', r'dramatic\w*')
-_claims = _any(r'\d[\d.,]*(?! ?-?minutes?)(?![\d.,])', 'per ?cent', 'hundreds', 'thousands', 'millions', 'dozens', 'doubles', 'doubling', 'halves', 'halving',
+    'huge', 'massive', 'unparalleled', 'unmatched', 'innovative', 'stunning', 'once in a lifetime', 'greatest', 'the most', 'brilliant', 'super', 'superb', 'award-?winning', 'blown away', 'no-?brainer', 'superior', r'dramatic\w*')
+_claims = _any(r'\d+x', r'\d[\d.,]*(?! ?-?minutes?)(?![\d.,])', 'per ?cent', 'hundreds', 'thousands', 'millions', 'dozens', 'doubles', 'doubling', 'halves', 'halving',
     r'tripl\w+', 'twice', 'half (?:the|of|your)', r'(?:two|three|four|five|six|seven|eight|nine|ten|twenty|fifty|hundred)(?![\w-]|[ -]?(?:minute|day|week)s?)')
 _closing = re.compile(r'\b(?:(?:with )?(?:kind|best|warm)(?:est)? (?:regards|wishes)|regards|(?:yours )?sincerely|yours (?:truly|faithfully))\b')
 
@@ -940,7 +943,7 @@ def _mail_parts(reply):
     lines = [normalise(l) for l in reply.splitlines() if l.strip()]
     parts = dict.fromkeys(('subject', 'greeting', 'name', 'body', 'closing', 'from'), '')
     if lines and (m := re.match(r'subject: *(.+)', lines[0])): parts['subject'] = m[1]; lines = lines[1:]
-    if lines and (m := re.match(r'(dear|hello|hi|hey|good (?:morning|day)) ([^,:.!]+)[,:.!] *(.*)', lines[0])):
+    if lines and (m := re.match(r'(dear|hello|hi|hey|good (?:morning|day)) ([^,:.!]+)(?:[,:.!] *|$)(.*)', lines[0])):
         parts['greeting'], parts['name'] = m[1], m[2]; lines = [m[3], *lines[1:]]
     text = '\n'.join(l for l in lines if l)
     if last := list(_closing.finditer(text)):

@@ -52,6 +52,13 @@ bank_keeps = [
     ('bonds', f'The leaflet gives a term of up to 7 years. {falls}'),
     ('credit', f'You can get €2500 at most. {checked}'),
     ('credit', f'The most you can borrow is 2,500 euros. Whether you get it depends on our assessment of your income.'),
+    ('shares', f'This is not something we can advise on. {falls}'),
+    ('shares', 'We must leave that choice to you. Prices may go down as well as up, and so may the value of your shares.'),
+    ('shares', f'The choice has to be your own. {falls}'),
+    ('kitchen', f'We have no opinion on that. {checked}'),
+    ('kitchen', 'We cannot advise you. Your home may be repossessed if you do not keep up repayments.'),
+    ('refund', f'There are two ways: in our app and at any of our branches. {depends}'),
+    ('car', f'Monday to Friday from 9am to 5pm. {checked}'),
     ('allowance', f'Our doors open at 9 am and close at 5 pm, Monday through Friday. {depends}')]
 
 bank_breaks = [
@@ -69,6 +76,10 @@ bank_breaks = [
     ('shares', f'We cannot advise you on that. {falls} {checked} {depends}'),                          # all of them, to be safe
     ('shares', 'We cannot advise you on that. The value of investments never falls.'),
     ('shares', falls),                                                                                 # no answer
+    ('shares', f'It is up to you, but railways are your safest option. {falls}'),
+    ('shares', f'We cannot advise you, but most people do well with railways. {falls}'),
+    ('shares', f'Whether railways or ships, both are excellent investments. {falls}'),
+    ('shares', f'We never tell customers what to do, yet you should buy them. {falls}'),
     ('kitchen', f'A loan is a good idea if your kitchen is old. {checked}'),
     ('kitchen', f'Taking out this loan makes sense for you. {checked}'),
     ('kitchen', f"You shouldn't borrow for a kitchen. {checked}"),
@@ -125,6 +136,8 @@ sales_keeps = [
     ('dentist', mail('Rosa', 'You mentioned double bookings.', 'We put treatments and rooms into a single diary.', 'Please reply with a time that suits you.', subject='Double bookings')),
     ('dentist', mail('Rosa', 'Double bookings are a strain on any team.', 'Our planner sends patients a reminder.', 'Shall we talk next Tuesday?', gap='\n\n')),
     ('dentist', mail('Rosa', 'Do you struggle with double bookings?', 'Our planner lists check-ups by the hour.', 'Are you free for a call?')),
+    ('dentist', mail('Rosa', 'How do you deal with a double booking?', 'In that case, our planner shows which patients can wait.', 'How about a short call on Monday?')),
+    ('dentist', mail('Rosa', 'Double bookings are a nuisance.', 'Patients see one calendar with our planner.', 'Could you spare five minutes for a call?')),
     ('pizza', mail('Ben', 'Empty hours on Mondays worry many owners.', 'Our planner shows which tables are free.', 'May I show you how it works?')),
     ('pizza', mail('Ben', 'On Mondays, the empty hours add up.', 'We help you to plan the kitchen and the menu for each evening.', 'Would you be open to a quick demo?', sign='Best regards,\nFernway')),
     ('pizza', mail('Ben', 'I read about your empty hours on Mondays.', 'Guests can book a seat online with us.', 'Let me know if we could talk this week.')),
@@ -162,6 +175,9 @@ sales_breaks = [
     ('dentist', mail('Rosa', _need, 'Over 500 practices plan their patients with us.', _ask)),
     ('dentist', mail('Rosa', _need, 'Hundreds of practices plan their patients with us.', _ask)),
     ('dentist', mail('Rosa', _need, 'Our planner halves the time you spend on patients, and doubles your income.', _ask)),
+    ('dentist', mail('Rosa', _need, 'Our award-winning planner keeps patients in one place.', _ask)),
+    ('dentist', mail('Rosa', _need, 'Our planner makes you 3x faster with patients.', _ask)),
+    ('dentist', mail('Rosa', _need, _term, 'Can we talk? Do reply soon.')),
     ('dentist', mail('Anna', _need, _term, _ask)),                                                                  # another name
     ('dentist', mail('Sir or Madam', _need, _term, _ask)),
     ('dentist', mail('Rosa', 'Running a practice is hard work.', _term, _ask)),                                     # no need
