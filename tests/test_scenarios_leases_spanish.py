@@ -70,6 +70,7 @@ lease_breaks = [  # fluent, in good form, but wrong for the place, with an inven
     ('B_notice', '§ 12. NOTICE (Borvia)\n(a) The notice period shall be 60 days.\n(b) Notice shall be given without a witness.'),
     ('B_late', '§ 4. LATE RENT (Borvia)\n(a) Rent paid late shall carry a fee of 35 euros.\n(b) The fee shall be due at once.'),
     ('B_late', '§ 4. LATE RENT (Borvia)\n(a) Rent paid late shall carry a fee of 35 euros.\n(b) No fee shall be charged before a written reminder.'),
+    ('B_late', '§ 4. LATE RENT (Borvia)\n(a) Late rent costs the Tenant another 35 euros.\n(b) Late rent shall carry no fee.'),
     ('A_late', '§ 4. LATE RENT (Aldmark)\n(a) The Tenant shall pay the rent in time.\n(b) No fee shall be charged for late rent.'),
     ('A_late', '§ 4. LATE RENT (Aldmark)\n(a) Rent paid late shall carry a fee of 35 euros.\n(b) The fee shall be due without any reminder.'),
     ('C_late', '§ 4. LATE RENT (Castrel)\n(a) Rent paid late shall carry a fee of 35 euros for each of 5 days.\n(b) The fee shall be due by court order.'),
@@ -180,3 +181,186 @@ def test_spanish_band(what, low, high, reply):
 
 def test_how_many():
     for bands in (lease_bands, spanish_bands): assert len({r for *_, r in bands if r.strip()}) >= 60
+
+# --- the tasks ---------------------------------------------------------------------------------------------------------------------
+
+@both
+def test_gold_replies(task, grammar):
+    t = once[task]()
+    for r in t.train + t.valid + t.test: assert t.score(r, r['completion']) > .95, r
+
+@both
+def test_rows(task, grammar):
+    t = once[task]()
+    assert len(t.train) >= 2000 and len(t.valid) >= 90 and len(t.test) >= 90
+    rows = t.train + t.valid + t.test
+    assert len({r['prompt'] for r in rows}) == len(rows)
+    for r in rows:
+        assert not set('{}') & set(r['prompt'] + r['completion']), r
+        assert len(r['prompt'].split()) <= 30 and len(r['completion'].split()) <= 32, r
+        assert t.score(r, r['prompt']) < .2 and t.score(r, '') == 0, r
+
+@both
+def test_disjoint(task, grammar):
+    "No filler, prompt or reply of one split is in another."
+    for slot, options in grammar.items():
+        for a, b in itertools.combinations(('train', 'valid', 'test'), 2): assert not set(options[a]) & set(options[b]), slot
+    t = once[task]()
+    for a, b in itertools.combinations((t.train, t.valid, t.test), 2):
+        for key in ('prompt', 'completion'): assert not {r[key] for r in a} & {r[key] for r in b}
+
+@both
+def test_seeds(task, grammar):
+    a, b, c = once[task](), task(), task(seed=1)
+    assert (a.train, a.valid, a.test, a.shots) == (b.train, b.valid, b.test, b.shots) and a.train != c.train and a.test != c.test
+
+@both
+def test_instruction_and_shots(task, grammar):
+    "The instruction and the shots help; handed back as a reply, neither is worth anything."
+    t = once[task]()
+    assert scenarios[t.name] is task and len(t.shots) == 3 and all(r in t.train for r in t.shots)
+    assert all(t.score(r, t.instruction) <= .35 for r in t.test)
+    assert sum(t.score(r, s['completion']) for r in t.test for s in t.shots)/len(t.test)/3 < .3    # a reply learned by heart
+
+@both
+def test_score_refuses_what_it_cannot_read(task, grammar):
+    t = once[task]()
+    with pytest.raises(ValueError, match='topic|verb'): t.score({'prompt': 'x'}, 'y')
+    with pytest.raises(TypeError, match='reply'): t.score(t.test[0], None)
+
+def test_score_names_what_is_unknown():
+    with pytest.raises(ValueError, match="'France'.*Aldmark"): score_leases({**asked['A_late'], 'jurisdiction': 'France'}, 'x')
+    with pytest.raises(ValueError, match="'aorist'.*present"): score_spanish({**said['open'], 'tense': 'aorist'}, 'x')
+    with pytest.raises(ValueError, match="'casa'.*infinitive"): score_spanish({**said['open'], 'verb': 'casa'}, 'x')
+
+@pytest.mark.parametrize('change', [lambda s: s.replace("'", '’'), lambda s: '  ' + s + '\n', lambda s: s.replace('\n', '\n\n'), lambda s: s.replace('\n', '  \n')])
+def test_typography_does_not_matter(change):
+    for k, r in lease_keeps: assert score_leases(asked[k], change(r)) > .9, change(r)
+    for k, r in spanish_keeps: assert score_spanish(said[k], change(r)) > .9, change(r)
+
+def test_each_clause_is_wrong_elsewhere():
+    "A right clause breaks the rule once the client names another place, even with that place in the heading."
+    for k, r in lease_keeps:
+        row = asked[k]
+        for place in set(leases_rules[row['topic']]) - {row['jurisdiction']}:
+            other = {**row, 'jurisdiction': place}
+            assert score_leases(other, r) <= .3, (place, r)
+            assert score_leases(other, r.replace(row['jurisdiction'], place)) <= .3, (place, r)
+
+def test_each_gold_clause_is_wrong_elsewhere():
+    t = once[leases]()
+    for r in t.train[:300] + t.valid + t.test:
+        for place in set(leases_rules[r['topic']]) - {r['jurisdiction']}:
+            assert t.score({**r, 'jurisdiction': place}, r['completion'].replace(r['jurisdiction'], place)) <= .3, (place, r)
+
+def test_no_figure_is_invented():
+    "Every number of every gold clause stands in the request; any other one breaks it, also as a word."
+    t = once[leases]()
+    numbers = lambda s: set(re.findall(r'[0-9][0-9,]*[0-9]|[0-9]', s))
+    for r in t.train + t.valid + t.test: assert numbers(r['completion']) <= numbers(r['prompt']), r
+    for r in t.test:
+        for extra in ('It shall be repaid within 23 days.', 'It shall be repaid within three weeks.', 'Interest is 5% a year.', 'It is rounded to 17,000 euros.'):
+            assert t.score(r, r['completion'] + '\n(c) ' + extra) <= .3, (extra, r)
+        if r['figure'] and r['figure'] in r['completion']:
+            n = r['figure'].split()[0]
+            for wrong in (n + '1', '1' + n, n + '.5'): assert t.score(r, r['completion'].replace(n + ' ', wrong + ' ')) <= .3, (wrong, r)
+        if not r['figure']:
+            assert t.score(r, re.sub(r'\[\w+\]', '900 euros', r['completion'])) <= .3 or '[' not in r['completion'], r
+
+def test_leases_cover_every_case():
+    "Places and matters come in turn in every split, with a figure and without, so neither gives the rule away."
+    t = once[leases]()
+    for split in (t.train, t.valid, t.test):
+        count = {c: sum((r['topic'], r['jurisdiction']) == c for r in split) for c in itertools.product(leases_rules, leases_rules['deposit'])}
+        assert len(set(count.values())) == 1, count
+        assert .1 < sum(not r['figure'] for r in split)/len(split) < .4
+
+def test_money_is_read_in_any_form():
+    row = asked['B_deposit']
+    for money in ('1,250 euros', '1250 euros', '€1,250', 'EUR 1,250', '1.250 euros', 'one thousand two hundred and fifty euros', '1,250 (one thousand two hundred fifty) euros'):
+        assert score_leases(row, f'§ 9. DEPOSIT (Borvia)\n(a) The Tenant shall pay {money}.\n(b) A notary shall hold it.') > .9, money
+    for money in ('1,205 euros', '125 euros', '1,250 crowns', '£1,250', 'twelve hundred euros'):
+        assert score_leases(row, f'§ 9. DEPOSIT (Borvia)\n(a) The Tenant shall pay {money}.\n(b) A notary shall hold it.') <= .3, money
+
+# The forms, from a grammar book's tables and not from the conjugator: infinitive, then vosotros and ustedes in
+# present, preterite, perfect, future, imperative, subjunctive.
+tables = '''
+hablar: habláis hablan, hablasteis hablaron, habéis hablado/han hablado, hablaréis hablarán, hablad hablen, habléis hablen
+comer: coméis comen, comisteis comieron, habéis comido/han comido, comeréis comerán, comed coman, comáis coman
+vivir: vivís viven, vivisteis vivieron, habéis vivido/han vivido, viviréis vivirán, vivid vivan, viváis vivan
+pensar: pensáis piensan, pensasteis pensaron, habéis pensado/han pensado, pensaréis pensarán, pensad piensen, penséis piensen
+contar: contáis cuentan, contasteis contaron, habéis contado/han contado, contaréis contarán, contad cuenten, contéis cuenten
+jugar: jugáis juegan, jugasteis jugaron, habéis jugado/han jugado, jugaréis jugarán, jugad jueguen, juguéis jueguen
+empezar: empezáis empiezan, empezasteis empezaron, habéis empezado/han empezado, empezaréis empezarán, empezad empiecen, empecéis empiecen
+buscar: buscáis buscan, buscasteis buscaron, habéis buscado/han buscado, buscaréis buscarán, buscad busquen, busquéis busquen
+entender: entendéis entienden, entendisteis entendieron, habéis entendido/han entendido, entenderéis entenderán, entended entiendan, entendáis entiendan
+volver: volvéis vuelven, volvisteis volvieron, habéis vuelto/han vuelto, volveréis volverán, volved vuelvan, volváis vuelvan
+pedir: pedís piden, pedisteis pidieron, habéis pedido/han pedido, pediréis pedirán, pedid pidan, pidáis pidan
+seguir: seguís siguen, seguisteis siguieron, habéis seguido/han seguido, seguiréis seguirán, seguid sigan, sigáis sigan
+sentir: sentís sienten, sentisteis sintieron, habéis sentido/han sentido, sentiréis sentirán, sentid sientan, sintáis sientan
+dormir: dormís duermen, dormisteis durmieron, habéis dormido/han dormido, dormiréis dormirán, dormid duerman, durmáis duerman
+coger: cogéis cogen, cogisteis cogieron, habéis cogido/han cogido, cogeréis cogerán, coged cojan, cojáis cojan
+leer: leéis leen, leísteis leyeron, habéis leído/han leído, leeréis leerán, leed lean, leáis lean
+tener: tenéis tienen, tuvisteis tuvieron, habéis tenido/han tenido, tendréis tendrán, tened tengan, tengáis tengan
+venir: venís vienen, vinisteis vinieron, habéis venido/han venido, vendréis vendrán, venid vengan, vengáis vengan
+hacer: hacéis hacen, hicisteis hicieron, habéis hecho/han hecho, haréis harán, haced hagan, hagáis hagan
+poner: ponéis ponen, pusisteis pusieron, habéis puesto/han puesto, pondréis pondrán, poned pongan, pongáis pongan
+decir: decís dicen, dijisteis dijeron, habéis dicho/han dicho, diréis dirán, decid digan, digáis digan
+traer: traéis traen, trajisteis trajeron, habéis traído/han traído, traeréis traerán, traed traigan, traigáis traigan
+salir: salís salen, salisteis salieron, habéis salido/han salido, saldréis saldrán, salid salgan, salgáis salgan
+poder: podéis pueden, pudisteis pudieron, habéis podido/han podido, podréis podrán, poded puedan, podáis puedan
+querer: queréis quieren, quisisteis quisieron, habéis querido/han querido, querréis querrán, quered quieran, queráis quieran
+saber: sabéis saben, supisteis supieron, habéis sabido/han sabido, sabréis sabrán, sabed sepan, sepáis sepan
+estar: estáis están, estuvisteis estuvieron, habéis estado/han estado, estaréis estarán, estad estén, estéis estén
+ser: sois son, fuisteis fueron, habéis sido/han sido, seréis serán, sed sean, seáis sean
+ir: vais van, fuisteis fueron, habéis ido/han ido, iréis irán, id vayan, vayáis vayan
+dar: dais dan, disteis dieron, habéis dado/han dado, daréis darán, dad den, deis den
+ver: veis ven, visteis vieron, habéis visto/han visto, veréis verán, ved vean, veáis vean
+oír: oís oyen, oísteis oyeron, habéis oído/han oído, oiréis oirán, oíd oigan, oigáis oigan
+abrir: abrís abren, abristeis abrieron, habéis abierto/han abierto, abriréis abrirán, abrid abran, abráis abran
+escribir: escribís escriben, escribisteis escribieron, habéis escrito/han escrito, escribiréis escribirán, escribid escriban, escribáis escriban
+conocer: conocéis conocen, conocisteis conocieron, habéis conocido/han conocido, conoceréis conocerán, conoced conozcan, conozcáis conozcan
+comprar: compráis compran, comprasteis compraron, habéis comprado/han comprado, compraréis comprarán, comprad compren, compréis compren
+cerrar: cerráis cierran, cerrasteis cerraron, habéis cerrado/han cerrado, cerraréis cerrarán, cerrad cierren, cerréis cierren
+probar: probáis prueban, probasteis probaron, habéis probado/han probado, probaréis probarán, probad prueben, probéis prueben
+perder: perdéis pierden, perdisteis perdieron, habéis perdido/han perdido, perderéis perderán, perded pierdan, perdáis pierdan
+servir: servís sirven, servisteis sirvieron, habéis servido/han servido, serviréis servirán, servid sirvan, sirváis sirvan
+lavarse: os laváis/se lavan, os lavasteis/se lavaron, os habéis lavado/se han lavado, os lavaréis/se lavarán, lavaos lávense, os lavéis/se laven
+quitarse: os quitáis/se quitan, os quitasteis/se quitaron, os habéis quitado/se han quitado, os quitaréis/se quitarán, quitaos quítense, os quitéis/se quiten
+sentarse: os sentáis/se sientan, os sentasteis/se sentaron, os habéis sentado/se han sentado, os sentaréis/se sentarán, sentaos siéntense, os sentéis/se sienten
+acostarse: os acostáis/se acuestan, os acostasteis/se acostaron, os habéis acostado/se han acostado, os acostaréis/se acostarán, acostaos acuéstense, os acostéis/se acuesten
+vestirse: os vestís/se visten, os vestisteis/se vistieron, os habéis vestido/se han vestido, os vestiréis/se vestirán, vestíos vístanse, os vistáis/se vistan
+irse: os vais/se van, os fuisteis/se fueron, os habéis ido/se han ido, os iréis/se irán, idos váyanse, os vayáis/se vayan'''.strip().split('\n')
+
+@pytest.mark.parametrize('line', tables, ids=lambda l: l.split(':')[0])
+def test_conjugate(line):
+    verb, forms = line.split(': ')
+    for tense, pair in zip(('present', 'preterite', 'perfect', 'future', 'imperative', 'subjunctive'), forms.split(', ')):
+        assert [conjugate(verb, tense, who) for who in ('vosotros', 'ustedes')] == pair.split('/' if '/' in pair else ' '), tense
+
+def test_conjugate_refuses():
+    for args, match in [(('casa', 'present'), 'infinitive'), (('abrir', 'past'), "unknown tense 'past'"), (('abrir', 'present', 'yo'), "'yo'")]:
+        with pytest.raises(ValueError, match=match): conjugate(*args)
+
+def test_ustedes_never_pays():
+    "The sentence said to ustedes, or with one of its forms mixed in, stays at 0.3 or below for every row."
+    t = once[spanish]()
+    for r in t.train[:500] + t.valid + t.test:
+        theirs = conjugate(r['verb'], r['tense'], 'ustedes')
+        for reply in (f"{theirs} {r['rest']}.", f"Vosotros {theirs} {r['rest']}.", f"{r['completion']} Ustedes también.", f"{r['completion']} {theirs}."):
+            assert t.score(r, reply) <= .3, reply
+
+def test_another_verb_or_one_person_is_not_enough():
+    t = once[spanish]()
+    for r in t.test:
+        other = next(v for v in ('cantar', 'leer') if v != r['verb'])
+        assert t.score(r, f"Vosotros {conjugate(other, r['tense'])} {r['rest']}.") <= .3, r
+
+def test_verbs_are_shared():
+    "The forms are what is learned: each verb and tense of the test is also in training, in both registers."
+    t = once[spanish]()
+    kinds = lambda rows, *keys: {tuple(r[k] for k in keys) for r in rows}
+    assert kinds(t.test, 'verb', 'tense') <= kinds(t.train, 'verb', 'tense') and len(kinds(t.train, 'verb', 'tense')) == 100
+    assert {r['register'] for r in t.test} == {'english', 'american'}
+    new = [r['rest'] for r in t.test if r['register'] == 'american']
+    assert not set(new) & {r['rest'] for r in t.train if r['register'] == 'american' and (r['verb'], r['rest']) in {(q['verb'], q['rest']) for q in t.test}}
