@@ -656,7 +656,8 @@ def banking_rows(split:str, # 'train', 'valid' or 'test': which fillers
 _deed = ('(?:buy|sell|invest|put|take|borrow|claim|choose|go|wait|hold|keep|switch|avoid|do|pick|spread|get|pay|save|start|stay|'
          'sign|accept|consider|use|diversify)')
 _tell = r'(?:say|tell|advise|advice|recommend\w*|suggest|judge|decide|give|make|comment)'
-_yours = _any(rf'(?:cannot|unable|not able|not allowed|not permitted|may not|must not|not for us|not our place|nobody|no one|never|not in a position)\b.*\b{_tell}',
+_yours = _any(rf'(?:cannot|unable|not able|not allowed|not permitted|may not|must not|not for us|not our place|nobody|no one|never|'
+    rf'not in a position)\b.*\b{_tell}',
     rf'no (?:\w+ ){{1,4}}(?:can|may) {_tell}', r'not (?:give|offer|provide|make)\b.*\b(?:advice|recommendations?)',
     r'(?:give|offer|make|provide)s? no (?:\w+ )?(?:advice|recommendations?)', r'advice\b.*\bnot (?:allowed|possible|permitted)', 'no (?:opinion|view)',
     'not advise (?:you |customers )?(?:on|about|whether|which)', 'not advise(?: you)?$', r'not (?:something|anything) (?:that )?we can \w+',
@@ -667,12 +668,12 @@ _unsaid = _any('whether (?:or not |to|you|it|this|that|a|the|such)')
 _refers = _any('advis[eo]rs?', 'experts?', 'accountants?', 'professionals?', 'aware', 'know', 'note', 'remember', 'in mind',
     'read', 'bring', 'speak', 'talk', 'contact', 'visit', 'app', r'branch(?:es)?')
 _urges = _any(rf'(?:should|ought to|must|need to)(?: not| never)? (?:\w+ )?{_deed}', rf"(?:i|we)(?:'d| would)(?: not| never| rather| probably)? {_deed}",
-    r'(?:we|i|would|strongly|not) (?:\w+ )?(?:recommend|suggest|advise)', 'consider', 'instead')
+    r'(?:we|i|would|strongly|not) (?:\w+ )?(?:recommend|suggest|advise)', 'consider')
 _urges_first = re.compile(rf'(?:so |then |please |yes,? |just |definitely,? |do not |never |always )*(?:buy|sell|invest|borrow|avoid|consider|go for|'
     'take (?:out|it|the)|choose|diversify|stay away|steer clear|do it|wait|hold|claim)\\b')
 _praises = _any(r'(?:is|are|be|was|seems?|sounds?|looks?) (?:\w+ ){0,3}(?:good|great|bad|smart|wise|safe|sound|excellent|sensible|best|better|'
-    r'safest|safer|smartest|wisest|solid|poor|clever|perfect|ideal|attractive|unwise|profitable)(?! question)', r'(?:do|does|did|done) (?:\w+ )?well', '(?:good|bad|great|right) (?:idea|time|choice|investment|move|deal|moment)',
-    'worth (?:it|buying|taking|having|doing)', 'better off', 'best (?:bet|option|choice|time|thing)', r'makes? (?:\w+ )?sense')
+    r'safest|safer|smartest|wisest|solid|poor|clever|perfect|ideal|attractive|unwise|profitable)(?! question)',
+    r'(?:do|does|did|done) (?:\w+ )?well', '(?:good|bad|great|right) (?:idea|time|choice|investment|move|deal|moment)', 'worth (?:it|buying|taking|having|doing)', 'better off', 'best (?:bet|option|choice|time|thing)', r'makes? (?:\w+ )?sense')
 _assures = _any('cannot lose', 'no risk', 'risk-?free', r'(?<!no )(?<!not )(?<!not a )guarantee[ds]?',
     '(?:will|certain to|sure to) (?:surely |soon )?(?:rise|grow|double|pay off|go up)(?! (?:and|or|as))')
 
@@ -693,7 +694,8 @@ _falls = re.compile(r'(?:can|may|might|could|go(?:es)?|will)\b.*\b(?:fall(?! beh
                     r'lose (?:\w+ )?(?:value|money)|worth less)|go(?:es)? (?:up and )?down')
 _at_stake = _any('values?', r'invest\w*', 'prices?', 'money', 'shares?', 'funds?', 'worth', 'markets?', 'stocks?', 'bonds?')
 _risk = _any('past performance', '(?:capital|money) (?:is |may be )?at risk', 'back less', 'less than you (?:put|invest|paid)')
-_check = _any('credit (?:check|assessment|score|record|rating|status)s?', 'affordability', '(?:miss(?:ed|ing)?|late) (?:a |any |the )?(?:re)?(?:payment|instalment)s?',
+_check = _any('credit (?:check|assessment|score|record|rating|status)s?', 'affordability',
+    '(?:miss(?:ed|ing)?|late) (?:a |any |the )?(?:re)?(?:payment|instalment)s?',
     r'(?:depends?|subject|conditional)\b.*\b(?:income|assessment|credit|check|status)', 'check your (?:credit|income)', 'repossess\\w*')
 _own_case = re.compile(r'depend\w* on\b.*\b(?:circumstances|situation|case)\b')
 _tax_moves = re.compile(r'\btax\b.*\b(?:rules?|laws?|rates?|treatment)\b.*\bchange|\brules\b.*\bchange')
@@ -902,13 +904,18 @@ def sales_rows(split:str, # 'train', 'valid' or 'test': which fillers
     return sample_rows(make, n, f'sales/{split}/{seed}')
 
 # %% ../nbs/03_scenarios.ipynb #28783c6c
-_acts = ('(?:reply|answer|respond|call|book|visit|click|sign up|contact|schedule|download|register|buy|order|try|join|write|get in touch|reach out|'
+_acts = ('(?:reply|answer|respond|call|book|visit|click|sign up|contact|schedule|download|register|buy|order|try|join|write|'
+         'get in touch|reach out|'
          'subscribe|follow|request|start|let (?:me|us)|tell (?:me|us)|give (?:me|us)|send|choose|pick|drop|see|watch|fill|e-?mail|check out|go to|take a)')
 _hard_acts = '(?:reply|call|book|visit|click|sign up|contact|schedule|download|register|buy|order|subscribe|follow|write)'
-_proposes = re.compile(r"\b(?:may|can|could|shall|should|might) (?:i|we)\b|\b(?:can|could|will) you\b|\bwould (?:you|it)\b|\b(?:how|what) about\b|\bare you (?:free|available|open|interested)|"
-    r'\bdo you have (?:\w+ ){0,3}(?:time|moment|minutes?)|\b(?:is there a|what|when|which)\b.*\b(?:time|day|suits?|call|talk|good)|\b(?:would|does|will) .*\b(?:suit|work for) you')
-_invites = re.compile(rf"^(?:\W*(?:just|simply|so|then|or|and|do|please|today|to [^,]+,|if [^,]+,))*\W*{_acts}\b|\bplease {_acts}\b|\bfeel free to\b|\bdo not hesitate\b|\byou (?:can|may|could) (?:\w+ )?{_hard_acts}\b|"
-    r'\b(?:i|we) (?:would|will|shall)(?: (?:like|love|be (?:glad|happy|pleased)) to)? (?:show|call|meet|talk|visit|invite|arrange|phone)|\b(?:i|we) invite you')
+_proposes = re.compile(r"\b(?:may|can|could|shall|should|might) (?:i|we)\b|\b(?:can|could|will) you\b|"
+    r"\bwould (?:you|it)\b|\b(?:how|what) about\b|\bare you (?:free|available|open|interested)|"
+    r'\bdo you have (?:\w+ ){0,3}(?:time|moment|minutes?)|'
+    r'\b(?:is there a|what|when|which)\b.*\b(?:time|day|suits?|call|talk|good)|\b(?:would|does|will) .*\b(?:suit|work for) you')
+_invites = re.compile(rf"^(?:\W*(?:just|simply|so|then|or|and|do|please|today|to [^,]+,|if [^,]+,))*\W*{_acts}\b|"
+    rf"\bplease {_acts}\b|\bfeel free to\b|\bdo not hesitate\b|\byou (?:can|may|could) (?:\w+ )?{_hard_acts}\b|"
+    r'\b(?:i|we) (?:would|will|shall)(?: (?:like|love|be (?:glad|happy|pleased)) to)? '
+    r'(?:show|call|meet|talk|visit|invite|arrange|phone)|\b(?:i|we) invite you')
 _also = re.compile(rf'(?:,|\bor|\band) (?:or |and )?(?:please )?{_hard_acts}\b')
 
 # %% ../nbs/03_scenarios.ipynb #1eb063ac
@@ -933,8 +940,10 @@ _hype = _any('amazing', r'revolution\w+', r'game-?chang\w+', 'incredible', 'best
     'world-?class', r'(?:market|industry|world)-?\s?leading', 'leading provider', 'ultimate', 'unique', 'perfect', 'perfectly', r'skyrocket\w*',
     r'unlock\w*', r'supercharg\w*', r'transform\w*', r'seamless\w*', r'effortless\w*', 'powerful', 'state-of-the-art', r'ground-?breaking',
     r'exciting|excited|thrilled', 'fantastic', 'next-?level', 'must-?have', 'act now', 'miss out', r'exclusive\w*', 'magic', 'awesome',
-    'huge', 'massive', 'unparalleled', 'unmatched', 'innovative', 'stunning', 'once in a lifetime', 'greatest', 'the most', 'brilliant', 'super', 'superb', 'award-?winning', 'blown away', 'no-?brainer', 'superior', r'dramatic\w*')
-_claims = _any(r'\d+x', r'\d[\d.,]*(?! ?-?minutes?)(?![\d.,])', 'per ?cent', 'hundreds', 'thousands', 'millions', 'dozens', 'doubles', 'doubling', 'halves', 'halving',
+    'huge', 'massive', 'unparalleled', 'unmatched', 'innovative', 'stunning', 'once in a lifetime', 'greatest',
+    'the most', 'brilliant', 'super', 'superb', 'award-?winning', 'blown away', 'no-?brainer', 'superior', r'dramatic\w*')
+_claims = _any(r'\d+x', r'\d[\d.,]*(?! ?-?minutes?)(?![\d.,])', 'per ?cent', 'hundreds', 'thousands', 'millions', 'dozens',
+    'doubles', 'doubling', 'halves', 'halving',
     r'tripl\w+', 'twice', 'half (?:the|of|your)', r'(?:two|three|four|five|six|seven|eight|nine|ten|twenty|fifty|hundred)(?![\w-]|[ -]?(?:minute|day|week)s?)')
 _closing = re.compile(r'\b(?:(?:with )?(?:kind|best|warm)(?:est)? (?:regards|wishes)|regards|(?:yours )?sincerely|yours (?:truly|faithfully))\b')
 
