@@ -1065,6 +1065,8 @@ leases_grammar['open'] = deal('''
     {topic}, figure unknown
     ---
     the {topic}, still without a figure | {topic}, figure to follow''')
+
+# %% ../nbs/03_scenarios.ipynb #5b10c0be
 leases_grammar['prompt'] = deal('''
     Draft clause {clause} for a lease in {place}: {matter}.
     Please write clause {clause} for {tenant}, who rents {home} in {place}. It covers {matter}.
@@ -1114,6 +1116,8 @@ leases_grammar['notice_b'] = deal('''
     It must be given {rule}.
     ---
     Notice must be given {rule}. | The notice shall be given {rule}.''')
+
+# %% ../nbs/03_scenarios.ipynb #5b10c0bf
 leases_grammar['late rent_a'] = deal('''
     Rent paid late shall carry a fee of {figure}. | The fee for late rent shall be {figure}.
     ---
