@@ -1174,7 +1174,7 @@ _tens = dict(zip('twenty thirty forty fifty sixty seventy eighty ninety'.split()
 _scales = dict(hundred=100, thousand=1000)
 _unit = r'(?:calendar |working )?(euro|dollar|pound|crown|percent|day|week|month|year)s?\b'
 _word = '|'.join((*_ones, *_tens, *_scales))
-_number_words = re.compile(rf'\b(?:{_word})\b(?:[\s-]+(?:and )?(?:{_word})\b)*')
+_spelled = re.compile(rf'\b(?:{_word})\b(?:[\s-]+(?:and )?(?:{_word})\b)*')
 
 # %% ../nbs/03_scenarios.ipynb #5b10c0ae
 def _digits(m):
@@ -1191,7 +1191,7 @@ def _figures(text):
     "The figures of a text: a set of ('900', 'euro'), with unit '' where none follows. Numbers before paragraphs are not counted."
     t = re.sub(r'(?m)^\s*(?:\d+[.)])+\d*\s', ' ', text)
     t = re.sub(r'\bone(?= (?:day|week|month|year|euro)s?\b)', '1', normalise(t).replace('%', ' percent'))
-    t = re.sub(r'(?<=\d)[,.](?=\d{3}\b)', '', _number_words.sub(_digits, t))
+    t = re.sub(r'(?<=\d)[,.](?=\d{3}\b)', '', _spelled.sub(_digits, t))
     t = re.sub(r'(\d+) \(\1\)', r'\1', t)              # sixty (60) days
     return {(m[1], m[2] or '') for m in re.finditer(rf'(\d+(?:[.,]\d+)?)(?:[\s-]*{_unit})?', t)}
 
