@@ -512,55 +512,33 @@ banking_grammar['aside'] = deal('''
 
 # %% ../nbs/03_scenarios.ipynb #64f03489
 banking_grammar['ask_advice'] = deal('''
-    Should I {act}? {aside}
-    {aside} Is it a good idea to {act}?
-    {aside} Would you {act} in my place?
-    Is it wise to {act} this year? {aside}
-    Tell me if I should {act}. {aside}
-    {aside} Would it be smart to {act}?
-    I can't decide: should I {act} or wait? {aside}
-    Is now a good time to {act}? {aside}
-    {aside} Do you advise me to {act}?
-    {aside} What would you do: {act} or not?
+    Should I {act}? {aside} | {aside} Is it a good idea to {act}? | {aside} Would you {act} in my place? | Is it wise to {act} this year? {aside}
+    Tell me if I should {act}. {aside} | {aside} Would it be smart to {act}? | I can't decide: should I {act} or wait? {aside}
+    Is now a good time to {act}? {aside} | {aside} Do you advise me to {act}? | {aside} What would you do: {act} or not?
     {aside} Does it make sense to {act}?
     ---
-    {aside} Do you recommend that I {act}?
-    Is it better to {act} or to do nothing? {aside}
+    {aside} Do you recommend that I {act}? | Is it better to {act} or to do nothing? {aside}
     ---
-    Do you think I should {act}? {aside}
-    {aside} Is it a smart move to {act}?
-    {aside} Would you tell me to {act}?
+    Do you think I should {act}? {aside} | {aside} Is it a smart move to {act}? | {aside} Would you tell me to {act}?
     I wonder if it is wise to {act}. What do you think? {aside}''')
 banking_grammar['ask_how'] = deal('''
-    How do I {act}? {aside}
-    {aside} How can I {act}?
-    What must I do to {act}? {aside}
-    {aside} I would like to {act}. How does it work?
-    {aside} Please explain how to {act}.
-    Where do I go to {act}? {aside}
-    {aside} In what way can I {act} with you?
+    How do I {act}? {aside} | {aside} How can I {act}? | What must I do to {act}? {aside} | {aside} I would like to {act}. How does it work?
+    {aside} Please explain how to {act}. | Where do I go to {act}? {aside} | {aside} In what way can I {act} with you?
     What are the steps to {act}? {aside}
     ---
-    How would I go about it to {act}? {aside}
-    {aside} I plan to {act}. Where do I start?
+    How would I go about it to {act}? {aside} | {aside} I plan to {act}. Where do I start?
     ---
-    {aside} Can you tell me how to {act}?
-    I want to {act}. What do I have to do? {aside}
-    {aside} Where can I {act}?''')
+    {aside} Can you tell me how to {act}? | I want to {act}. What do I have to do? {aside} | {aside} Where can I {act}?''')
+
+# %% ../nbs/03_scenarios.ipynb #c888a2e6
 banking_grammar['ask_hours'] = deal('''
-    When can I come in to {act}? {aside}
-    {aside} I want to {act}. When are you open?
-    What are your opening hours? I want to {act}. {aside}
-    {aside} At what time do you open? I plan to {act}.
-    On which days can I visit you to {act}? {aside}
-    {aside} How late are your branches open? I would like to {act}.
-    I would like to come by and {act}. What are your hours? {aside}
+    When can I come in to {act}? {aside} | {aside} I want to {act}. When are you open? | What are your opening hours? I want to {act}. {aside}
+    {aside} At what time do you open? I plan to {act}. | On which days can I visit you to {act}? {aside}
+    {aside} How late are your branches open? I would like to {act}. | I would like to come by and {act}. What are your hours? {aside}
     ---
-    Until when are you open? I intend to {act}. {aside}
-    {aside} When do you close? I have to come in to {act}.
+    Until when are you open? I intend to {act}. {aside} | {aside} When do you close? I have to come in to {act}.
     ---
-    I hope to {act}. What time do you open? {aside}
-    {aside} When are the branches open? I mean to {act}.
+    I hope to {act}. What time do you open? {aside} | {aside} When are the branches open? I mean to {act}.
     What opening hours do you keep? I want to {act}. {aside}''')
 banking_grammar['leaflet'] = deal('''
     Your leaflet on {thing} says up to {amount} euros for up to {years} years.
@@ -571,8 +549,8 @@ banking_grammar['leaflet'] = deal('''
     ---
     Your sheet on {thing} says at most {amount} euros and at most {years} years.''')
 banking_grammar['ask_term'] = deal('''
-    {leaflet} How long can it run? | {leaflet} For how many years is it? | {leaflet} What is the longest term?
-    {leaflet} How long is it for? | {leaflet} How long does it last at most?
+    {leaflet} How long can it run? | {leaflet} For how many years is it? | {leaflet} What is the longest term? | {leaflet} How long is it for?
+    {leaflet} How long does it last at most?
     ---
     {leaflet} What is the term?
     ---
@@ -612,6 +590,8 @@ banking_grammar['say_hours'] = deal('''
     You can visit us from 9 am to 5 pm, Monday to Friday.
     ---
     All our branches are open from 9 am to 5 pm, Monday to Friday.''')
+
+# %% ../nbs/03_scenarios.ipynb #c24863aa
 banking_grammar['say_term'] = deal('''
     It can run for up to {years} years. | The longest term is {years} years.
     ---
@@ -776,49 +756,48 @@ _sales_terms = dict(health='patients and treatments', food='tables and guests', 
                     school='pupils and lessons', transport='routes and freight', law='cases and hearings')
 sales_grammar = {}
 sales_grammar['health'] = deal('''
-    a dental practice | a doctor's surgery | a medical practice | an eye clinic | a skin clinic | a private clinic
-    a small hospital | a children's clinic | a heart clinic | a physiotherapy practice | a family doctor's practice
-    a sleep clinic | a back clinic | a hearing clinic
+    a dental practice | a doctor's surgery | a medical practice | an eye clinic | a skin clinic | a private clinic | a small hospital
+    a children's clinic | a heart clinic | a physiotherapy practice | a family doctor's practice | a sleep clinic | a back clinic
+    a hearing clinic
     ---
     a foot clinic | a knee clinic | a dentist's office
     ---
     a bone clinic | an ear clinic | a women's hospital | a pain clinic''')
 sales_grammar['food'] = deal('''
-    a restaurant | a pizzeria | a small bistro | a steak restaurant | a fish restaurant | a Greek restaurant
-    an Indian restaurant | a tapas bar | a noodle bar | a burger restaurant | a brasserie | a family restaurant
-    a breakfast cafe | a wine bar
+    a restaurant | a pizzeria | a small bistro | a steak restaurant | a fish restaurant | a Greek restaurant | an Indian restaurant | a tapas bar
+    a noodle bar | a burger restaurant | a brasserie | a family restaurant | a breakfast cafe | a wine bar
     ---
     a soup restaurant | a curry house | a vegan cafe
     ---
     a Thai restaurant | a sushi bar | a garden restaurant | a pancake cafe''')
 sales_grammar['building'] = deal('''
-    a building firm | a construction company | a roofing firm | a bricklaying firm | a house builder | a road builder
-    a bridge builder | a concrete firm | a demolition firm | a plastering firm | a family of builders | a scaffolding firm
-    a tunnel builder | a timber construction firm
+    a building firm | a construction company | a roofing firm | a bricklaying firm | a house builder | a road builder | a bridge builder
+    a concrete firm | a demolition firm | a plastering firm | a family of builders | a scaffolding firm | a tunnel builder
+    a timber construction firm
     ---
     a steel construction firm | a chimney builder | a paving firm
     ---
     a home construction firm | a wall builder | a school builder | a tiling firm''')
+
+# %% ../nbs/03_scenarios.ipynb #d076d89f
 sales_grammar['school'] = deal('''
-    a primary school | a secondary school | a language school | a music school | a private school | a village school
-    a boarding school | a dance school | an art school | a drama school | a high school | an evening school
-    a swimming school | a summer school
+    a primary school | a secondary school | a language school | a music school | a private school | a village school | a boarding school
+    a dance school | an art school | a drama school | a high school | an evening school | a swimming school | a summer school
     ---
     a grammar school | a singing school | a ballet school
     ---
     a piano school | a middle school | a chess school | a girls' school''')
 sales_grammar['transport'] = deal('''
-    a haulage firm | a trucking company | a courier firm | a shipping company | a removal firm | a parcel service
-    a logistics company | a cargo airline | a van courier | a rail freight firm | a container line | a delivery company
-    a furniture carrier | a road haulier
+    a haulage firm | a trucking company | a courier firm | a shipping company | a removal firm | a parcel service | a logistics company
+    a cargo airline | a van courier | a rail freight firm | a container line | a delivery company | a furniture carrier | a road haulier
     ---
     a bike courier | a night haulage firm | a cargo carrier
     ---
     a truck fleet | a coal haulier | an express courier | a sea cargo firm''')
 sales_grammar['law'] = deal('''
-    a law firm | a solicitor's office | a barrister's office | a family lawyer's office | a criminal law firm
-    a tax lawyer's office | a patent law firm | a defence lawyer's office | a legal aid office | a divorce lawyer's office
-    a labour law firm | an attorney's office | a small law firm | a legal advice centre
+    a law firm | a solicitor's office | a barrister's office | a family lawyer's office | a criminal law firm | a tax lawyer's office
+    a patent law firm | a defence lawyer's office | a legal aid office | a divorce lawyer's office | a labour law firm | an attorney's office
+    a small law firm | a legal advice centre
     ---
     a property law firm | a company lawyer's office | a notary's office
     ---
