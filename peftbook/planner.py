@@ -111,15 +111,16 @@ def peak(self:Tape,
 
 # %% ../nbs/50_planner.ipynb #f6feeb37
 @contextmanager
-def _attention(device):
-    "Attention on the meta device as `device` would do it."
-    plain = F.scaled_dot_product_attention
+def _as_on(device):
+    "Within it the meta device does attention as `device` would, and has generators of random numbers."
+    plain, generator = F.scaled_dot_product_attention, torch.Generator
     def attend(q, *args, **kwargs):
         fused = q.is_meta and (device == 'cuda' or _cpu_fuses(q, *args, **kwargs))
         return (_fused if fused else plain)(q, *args, **kwargs)
     F.scaled_dot_product_attention = attend # a mode of torch's would be off where checkpointing runs a block again
+    torch.Generator = lambda d='cpu': generator('cpu' if torch.device(d).type == 'meta' else d)
     try: yield
-    finally: F.scaled_dot_product_attention = plain
+    finally: F.scaled_dot_product_attention, torch.Generator = plain, generator
 
 def _cpu_fuses(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
     "Does the CPU have a kernel that holds no scores?"
@@ -283,7 +284,7 @@ def _record(model, tuner, batch, seq, supervised, device):
     tape.mark('tuner', [t for t in every if id(t) in own])
     tape.mark('scales', [b for m in model.modules() if isinstance(m, QuantLinear) for b in m._buffers.values()])
     tape.mark('weights', every)
-    with torch.random.fork_rng(devices=[]), _attention(device), tape:
+    with torch.random.fork_rng(devices=[]), _as_on(device), tape:
         if trains:
             with _training(model): _train_step(tape, model, tuner, rows, device)
         else:
