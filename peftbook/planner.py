@@ -112,21 +112,31 @@ def peak(self:Tape,
 # %% ../nbs/50_planner.ipynb #f6feeb37
 @contextmanager
 def _as_on(device):
-    "Within it the meta device does attention as `device` would, and has generators of random numbers."
-    plain, generator = F.scaled_dot_product_attention, torch.Generator
+    "Within it the meta device does attention as `device` would, multiplies experts in any precision, and has generators of random numbers."
+    plain, grouped, generator = F.scaled_dot_product_attention, F.grouped_mm, torch.Generator
     def attend(q, *args, **kwargs):
         fused = q.is_meta and (device == 'cuda' or _cpu_fuses(q, *args, **kwargs))
         return (_fused if fused else plain)(q, *args, **kwargs)
     F.scaled_dot_product_attention = attend # a mode of torch's would be off where checkpointing runs a block again
+    F.grouped_mm = lambda x, w, **kw: _Grouped.apply(x, w) if x.is_meta else grouped(x, w, **kw)
     torch.Generator = lambda d='cpu': generator('cpu' if torch.device(d).type == 'meta' else d)
     try: yield
-    finally: F.scaled_dot_product_attention, torch.Generator = plain, generator
+    finally: F.scaled_dot_product_attention, F.grouped_mm, torch.Generator = plain, grouped, generator
 
 def _cpu_fuses(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
     "Does the CPU have a kernel that holds no scores?"
     few = [torch.zeros(1, t.shape[1], 8, t.shape[3], dtype=t.dtype, requires_grad=t.requires_grad) for t in (q, k, v)]
     mask = None if attn_mask is None else torch.zeros(1, 1, 8, 8, dtype=attn_mask.dtype)
     return torch._fused_sdp_choice(*few, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa) == 1
+
+class _Grouped(torch.autograd.Function):
+    "The product of each row (rows x in) with the matrix of its expert (experts x in x out)."
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x.new_empty(len(x), w.shape[-1])
+    @staticmethod
+    def backward(ctx, dy): return tuple(torch.empty_like(t) if need else None for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad))
 
 def _fused(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
     "What a fused kernel keeps: queries, keys, values, the result and a number for each query and head."
@@ -361,7 +371,9 @@ def plan(
     if tuner.lr is not None: _attach(tuner, empty)
     if (room := longest(empty)) and seq > room: raise ValueError(f'seq={seq}: {name} has {room} positions for a row')
     if checkpointing: checkpoint_activations(empty)
-    tape = _record(empty, tuner, batch, seq, supervised, device)
+    try: tape = _record(empty, tuner, batch, seq, supervised, device)
+    except (RuntimeError, NotImplementedError, TypeError) as e: # an operation that has no shape without data
+        raise ValueError(f'{name} cannot take a step without data ({" ".join(str(e).split())[:160]}): plan for another model of its kind and size') from None
     share = {k: devices for k in ('weights', 'scales', 'tuner', 'gradients', 'moments', 'optimizer')}
     parts, phases = tape.peak(share, 0 if devices == 1 else _gathered(empty, {id(p) for p in tuner.params.values()}))
     bits = (_how(tuner, bits) or {}).get('bits')
