@@ -15,6 +15,7 @@ from .data import *
 from .scenarios import *
 from .speed import *
 from .training import *
+from .costs import *
 from .evaluation import *
 from .full import *
 from .soft_prompting import *
@@ -26,9 +27,10 @@ from .quantization import *
 from .qlora import *
 from .many_tasks import *
 from .interop import *
+from .planner import *
 from .explorers import *
 
 # %% ../nbs/91_all.ipynb #614d896c
-_modules = ('models core data scenarios speed training evaluation full soft_prompting prompt_tuning prefix_tuning '
-            'adapters lora quantization qlora many_tasks interop explorers').split()
+_modules = ('models core data scenarios speed training costs evaluation full soft_prompting prompt_tuning '
+            'prefix_tuning adapters lora quantization qlora many_tasks interop planner explorers').split()
 __all__ = [name for m in _modules for name in sys.modules[f'peftbook.{m}'].__all__]

@@ -599,6 +599,7 @@ def checkpoint_activations(
     on:bool=True,
 ):
     "Keep only each block's input for the backward pass, and compute the rest again: less memory, one more forward."
+    if getattr(model, '_require_grads_hook', None): model.disable_input_require_grads() # transformers leaves it behind, and with it activations below the first trained layer
     v = 'activation' if hasattr(model, 'activation_checkpointing_enable') else 'gradient' # transformers renamed it in 5.2x
     if on: getattr(model, f'{v}_checkpointing_enable')(**{f'{v}_checkpointing_kwargs': dict(use_reentrant=False)})
     else: getattr(model, f'{v}_checkpointing_disable')()
