@@ -24,8 +24,9 @@ from .adapters import *
 from .lora import *
 from .quantization import *
 from .qlora import *
+from .compare import *
 
 # %% ../nbs/91_all.ipynb #614d896c
 _modules = ('models core data scenarios speed training evaluation full soft_prompting prompt_tuning prefix_tuning '
-            'adapters lora quantization qlora').split()
+            'adapters lora quantization qlora compare').split()
 __all__ = [name for m in _modules for name in sys.modules[f'peftbook.{m}'].__all__]
