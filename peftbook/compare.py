@@ -163,6 +163,7 @@ def run_one(
     tok, # its tokenizer
     size:Size, # how much is trained and looked at
     texts:list, # of the base's own, from `base_texts`
+    others:dict, # rows of other tasks, from `other_rows`
     seed:int=0, # of the tensors' start and the order of the rows
 ) -> dict: # fit for JSON
     "Train one method on one task and measure all that the book knows to measure."
@@ -176,7 +177,7 @@ def run_one(
         rows, room = task.test[:size.test], _reply_room(tok, task.test[:size.test])
         res = dict(cost=_cost(tuner, model) | dict(peak=peak), training=trained, test=measure(model, tok, task, n=size.test, max_new_tokens=room))
         res['texts'] = _moved(tuner, texts, model)
-        res['others'] = {k: {n: v for n, v in _moved(tuner, enc, model).items() if n != 'rows'} for k, enc in other_rows(tok, task.name, size.others).items()}
+        res['others'] = {k: {n: v for n, v in _moved(tuner, enc, model).items() if n != 'rows'} for k, enc in others.items()}
         res['injection'] = None if task.score is None else injection(model, tok, task, n=size.attacked, batch_size=32, max_new_tokens=min(room, 48))
         res['latency'] = latency(model, tok, question_of(rows[0]))
     finally:
@@ -297,7 +298,8 @@ def compare(
     _check(tasks, names, seeds, folder)
     bases, results, took = _Bases(model), [], []
     (dense, tok), runs = bases.get('base'), [(t, m, s) for t in tasks for s in range(seeds) for m in names if m != 'base' or s == 0]
-    texts, settings = base_texts(dense, tok, n=size.texts), [settings_of(m, t, s, size, dense) for t, m, s in runs]
+    texts, others = base_texts(dense, tok, n=size.texts), {t.name: other_rows(tok, t.name, size.others) for t in tasks}
+    settings = [settings_of(m, t, s, size, dense) for t, m, s in runs]
     paths = [result_path(folder, s) for s in settings]
     todo, n = sum(not p.exists() for p in paths), len(runs)
     del dense
@@ -306,7 +308,7 @@ def compare(
         for i, ((t, m, seed), s, path) in enumerate(zip(runs, settings, paths)):
             if not path.exists():
                 start = time.perf_counter()
-                res = dict(settings=s, made=_made(bases.get(m)[0])) | run_one(m, t, *bases.get(m), size, texts, seed)
+                res = dict(settings=s, made=_made(bases.get(m)[0])) | run_one(m, t, *bases.get(m), size, texts, others[t.name], seed)
                 write_atomic(path, json.dumps(res).encode())
                 bases.used(m); took.append(time.perf_counter() - start)
                 print(_line(i + 1, n, s, res, statistics.mean(took)*(todo - len(took))), flush=True)

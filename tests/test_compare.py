@@ -62,7 +62,7 @@ def test_another_seed_gives_other_numbers_and_the_base_has_one_run(tmp_path):
 def test_the_base_is_left_as_it_was(method):
     model, tok = C._Bases('tiny:llama').get(method)
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    run_one(method, task(), model, tok, small, base_texts(model, tok, n=2, length=6))
+    run_one(method, task(), model, tok, small, base_texts(model, tok, n=2, length=6), {})
     now = model.state_dict()
     assert getattr(model, 'tuner', None) is None and now.keys() == before.keys() and all(torch.equal(now[n], t) for n, t in before.items())
 
@@ -71,7 +71,7 @@ def test_a_run_that_fails_leaves_the_base(monkeypatch):
     before = {n: t.clone() for n, t in model.state_dict().items()}
     def broken(*a, **kw): raise ValueError('no')
     monkeypatch.setattr(C, 'measure', broken)
-    with pytest.raises(ValueError): run_one('full', task(), model, tok, small, base_texts(model, tok, n=2, length=6))
+    with pytest.raises(ValueError): run_one('full', task(), model, tok, small, base_texts(model, tok, n=2, length=6), {})
     assert getattr(model, 'tuner', None) is None and all(torch.equal(model.state_dict()[n], t) for n, t in before.items())
 
 def test_rows_are_the_same_for_all_methods(whole):
