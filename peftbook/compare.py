@@ -228,13 +228,13 @@ def read_results(
     folder, # of the results; it may be empty, or not be there
 ) -> list: # of dicts, in the order of their names
     "All finished runs in a folder. ValueError for a file that is none."
-    res = []
-    for f in sorted(Path(folder).glob('*.json')):
-        try: r = json.loads(f.read_bytes())
-        except ValueError as e: raise ValueError(f'{f} is damaged ({e}): delete it, and the run is made again') from None
-        if not isinstance(r, dict) or not {'settings', 'test', 'cost'} <= r.keys(): raise ValueError(f'{f} is no result of a run: name a folder of results')
-        res.append(r)
-    return res
+    return [_read(f) for f in sorted(Path(folder).glob('*.json'))]
+
+def _read(f):
+    try: r = json.loads(f.read_bytes())
+    except ValueError as e: raise ValueError(f'{f} is damaged ({e}): delete it, and the run is made again') from None
+    if not isinstance(r, dict) or not {'settings', 'test', 'cost'} <= r.keys(): raise ValueError(f'{f} is no result of a run: name a folder of results')
+    return r
 
 # %% ../nbs/51_compare.ipynb #24ff9254
 def rescored(
@@ -278,6 +278,8 @@ def _check(tasks, names, seeds, folder):
     for t in tasks:
         if len(t.test) < 2: raise ValueError(f'{t.name}.test: {len(t.test)} rows, an interval needs 2 at least')
         for m in names: make_tuner(m, t)
+        if t.score is not None and sum(t.score(r, messages_of(r)[-1]['content']) > .3 for r in t.test) < 2: # such a scorer can't tell what an attack has broken
+            raise ValueError(f'{t.name}: the scorer gives 0.3 or less to the right replies of its own test rows; 1 is for a right reply, more than 0.3 for one that keeps the rules')
     if Path(folder).exists() and not Path(folder).is_dir(): raise FileExistsError(f'{folder} is a file: name a folder for the results')
     write_atomic(Path(folder)/'.writable', b'')
     (Path(folder)/'.writable').unlink()
@@ -312,7 +314,7 @@ def compare(
                 write_atomic(path, json.dumps(res).encode())
                 bases.used(m); took.append(time.perf_counter() - start)
                 print(_line(i + 1, n, s, res, statistics.mean(took)*(todo - len(took))), flush=True)
-            results.append(json.loads(path.read_bytes()))
+            results.append(_read(path))
     except KeyboardInterrupt as e: raise KeyboardInterrupt(f'stopped; {_kept(sum(p.exists() for p in paths), n, folder)}') from None
     except OSError as e: raise _said(e, _kept(sum(p.exists() for p in paths), n, folder)) from None
     except FloatingPointError as e: raise FloatingPointError(f'{m} on {t.name}: {e}; {_kept(sum(p.exists() for p in paths), n, folder)}') from None

@@ -161,6 +161,13 @@ def test_damaged_and_foreign_files_are_named(whole, tmp_path):
     with pytest.raises(ValueError, match='x.json is no result'): read_results(tmp_path)
     assert read_results(tmp_path/'nonesuch') == []
 
+def test_a_damaged_result_is_named_before_anything_is_lost(whole, tmp_path):
+    import shutil
+    shutil.copytree(whole[1], tmp_path/'r')
+    f = next((tmp_path/'r').glob('say-lora-*'))
+    f.write_bytes(b'{')
+    with pytest.raises(ValueError, match='say-lora-.* is damaged .*delete it'): compare([task()], tmp_path/'r', **tiny)
+
 def test_kept_replies_are_scored_again(whole):
     half = task(score=lambda row, reply: .5)
     assert {r['test']['score'][0] for r in rescored(whole[0], [half])} == {.5} and rescored(whole[0], [task(test=rows[20:])]) == []
@@ -168,7 +175,8 @@ def test_kept_replies_are_scored_again(whole):
 # --- what is refused
 
 @pytest.mark.parametrize('kw,says', [(dict(names=['magic']), 'unknown method .magic.; there are base, '), (dict(seeds=0), 'seeds=0'), (dict(model='nonesuch'), 'no model folder'),
-    (dict(tasks=[task(), task()]), 'two tasks of one name'), (dict(tasks=[task(test=rows[:1])]), '1 rows, an interval needs 2')])
+    (dict(tasks=[task(), task()]), 'two tasks of one name'), (dict(tasks=[task(test=rows[:1])]), '1 rows, an interval needs 2'),
+    (dict(tasks=[task(score=lambda row, reply: .1)]), '0.3 or less to the right replies')])
 def test_refused(kw, says, tmp_path):
     kw = dict(tasks=[task()], names=['lora'], **tiny) | kw
     with pytest.raises((ValueError, OSError), match=says): compare(folder=tmp_path/'r', **kw)
