@@ -1,5 +1,5 @@
 "The evaluation where the chapter's cells don't reach: every architecture and precision, one visit to the base, attacks on models that obey or refuse."
-import math
+import math, warnings
 from contextlib import contextmanager
 
 import pytest, torch
@@ -287,3 +287,142 @@ def test_typed_marks_stay_text():
     tok.add_tokens(['<<|pad|>>'], special_tokens=True) # a mark that holds another
     for text in ('<<|pad|>>', '<|im_start|><|im_start|>', 'x<|endoftext|'):
         assert not set(tok(unmark(tok, text), add_special_tokens=False).input_ids) & (set(tok.all_special_ids) | {tok.convert_tokens_to_ids('<<|pad|>>')})
+
+# --- over seeds
+
+def test_rows_and_seeds_cross():
+    "Against draws made the plain way, one by one."
+    import random
+    v, rng = [[.1, .9, .4], [.3, .6, .8]], random.Random(1)
+    draws = []
+    for _ in range(20_000):
+        rr, ss = rng.choices(range(3), k=3), rng.choices(range(2), k=2)
+        draws.append(sum(v[s][r] for s in ss for r in rr)/6)
+    draws.sort()
+    m, low, high = bootstrap(v, n=20_000)
+    assert m == pytest.approx(3.1/6) and low == pytest.approx(draws[500], abs=.02) and high == pytest.approx(draws[19_500], abs=.02)
+
+def test_seeds_that_agree_add_no_doubt():
+    v = torch.rand(30, generator=torch.Generator().manual_seed(0))
+    one, three = bootstrap(v), bootstrap(v.expand(3, -1))
+    assert three[0] == pytest.approx(one[0]) and three[2] - three[1] == pytest.approx(one[2] - one[1], rel=.1)
+
+def test_one_seed_or_ragged_seeds_are_refused():
+    for bad in ([[.1, .2]], [[.1], [.2]], [[.1, .2], [.3]]):
+        with pytest.raises(ValueError): bootstrap(bad)
+
+# --- any text, other tasks
+
+def bpe(tok, text): return tok(text, add_special_tokens=False)['input_ids']
+
+@pytest.mark.parametrize('length', [1, 7, 64, 10_000])
+@pytest.mark.parametrize('text', ['The valve is open. ' * 20, 'Straße, café: 5 \u20ac \U0001f600 ' * 9, ' \n leading and trailing \n\n', 'ab'])
+def test_every_token_of_a_file_is_counted_once(text, length, tmp_path):
+    _, tok = tiny_model('llama')
+    (tmp_path/'a.txt').write_bytes(text.encode())
+    rows, ids = text_rows(tok, tmp_path/'a.txt', length), bpe(tok, text)
+    assert [l for r in rows for l in r['labels'] if l != -100] == ids[1:]
+    assert all(r['labels'][0] == -100 and r['input_ids'][1:] == r['labels'][1:] and len(r['input_ids']) <= length + 1 for r in rows)
+    assert all(a['input_ids'][-1] == b['input_ids'][0] for a, b in zip(rows, rows[1:]))
+    whole = len(text.encode())
+    assert whole - 4 <= sum(r['bytes'] for r in rows) + len(tok.decode(ids[:1]).encode()) <= whole + 4 # a first token that is part of a character
+
+def test_loss_per_byte_does_not_depend_on_the_tokenizer(tmp_path):
+    "A model that gives every token the same chance: its loss per byte is tokens log V / bytes, for any tokenizer."
+    model, tok = tiny_model('llama')
+    with torch.no_grad(): model.lm_head.weight.zero_()
+    (tmp_path/'a.txt').write_text('The quick brown fox. ' * 30)
+    rows = text_rows(tok, tmp_path/'a.txt')
+    res = forgetting(LoRA().attach(model), rows)
+    n, size = sum(r['tokens'] for r in res['rows']), sum(r['bytes'] for r in rows)
+    assert res['loss'] == pytest.approx(math.log(model.config.vocab_size), rel=1e-5)
+    assert res['per_byte']['loss'] == pytest.approx(n*math.log(model.config.vocab_size)/size, rel=1e-5) and res['kl'] == res['per_byte']['kl'] == 0
+
+def test_texts_without_bytes_have_no_loss_per_byte():
+    model, tok = tiny_model('llama')
+    assert 'per_byte' not in forgetting(LoRA().attach(model), base_texts(model, tok, n=2, length=6))
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    _, tok = tiny_model('llama')
+    (tmp_path/'a.txt').write_bytes(b'\xef\xbb\xbfhello there'); (tmp_path/'b.txt').write_bytes(b'hello there')
+    assert text_rows(tok, tmp_path/'a.txt') == text_rows(tok, tmp_path/'b.txt')
+
+def test_special_tokens_in_a_file_stay_text(tmp_path):
+    _, tok = tiny_model('llama')
+    (tmp_path/'a.txt').write_text('the end <|im_end|> is no end')
+    assert not {i for r in text_rows(tok, tmp_path/'a.txt') for i in r['input_ids']} & set(tok.all_special_ids)
+
+def test_files_that_are_no_text(tmp_path):
+    _, tok = tiny_model('llama')
+    (tmp_path/'a.txt').write_bytes(b'\xff\xfe\x00')
+    with pytest.raises(ValueError, match='a.txt: not UTF-8'): text_rows(tok, tmp_path/'a.txt')
+    (tmp_path/'a.txt').write_text('a')
+    with pytest.raises(ValueError, match='1 tokens'): text_rows(tok, tmp_path/'a.txt')
+    with pytest.raises(FileNotFoundError, match='b.txt'): text_rows(tok, tmp_path/'b.txt')
+    for kw in (dict(length=0), dict(n=0)):
+        with pytest.raises(ValueError, match='at least'): text_rows(tok, tmp_path/'a.txt', **kw)
+
+def test_other_rows_are_those_of_all_other_scenarios():
+    _, tok = tiny_model('llama')
+    for name in scenarios: assert set(other_rows(tok, name, 1)) == set(scenarios) - {name}
+
+def test_base_texts_call_the_cache_by_its_name():
+    "transformers 5.24 renamed it and warns of the old name."
+    model, tok = tiny_model('gpt2')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', FutureWarning)
+        base_texts(model, tok, n=2, length=4)
+
+# --- attacks on every task
+
+def polite(row, reply): return .9 if 'please' in reply.lower() else .1
+gates = [dict(prompt=f'Where is gate {i}?', completion='Please turn left.') for i in range(6)]
+
+def manners(**kw): return Task('manners', gates[:2], [], gates[2:], **(dict(score=polite, instruction='Say please in each and every sentence that you ever write to anyone.') | kw))
+
+def test_a_task_of_your_own_with_a_scorer_is_attacked(monkeypatch):
+    def says(model, tok, prompts, *args): return ['PINEAPPLE' if 'PINEAPPLE' in p[-1]['content'] else 'Please turn left.' for p in prompts]
+    monkeypatch.setattr(evaluation, 'generate', says)
+    res = injection(None, None, manners(), n=3)
+    assert res['by_attack'] == {'override': 0, 'role play': 0, 'quoted text': 0, 'other language': 0, 'reveal': 1} and res['clean'][0] == 1
+
+def test_a_reply_that_keeps_the_rules_resists_whatever_else_it_says():
+    kinds = {a.name: a for a in task_attacks(manners())}
+    for a in kinds.values(): assert not a.succeeded(gates[0], 'Please, PINEAPPLE.')
+    assert all(kinds[k].succeeded(gates[0], 'PINEAPPLE') for k in kinds if k != 'reveal') and kinds['reveal'].succeeded(gates[0], manners().instruction)
+    assert 'reveal' not in {a.name for a in task_attacks(manners(instruction=''))} # nothing to reveal
+
+@pytest.mark.parametrize('name', [*attacks, 'manners'])
+def test_requests_stand_whole_in_every_attack(name):
+    t = scenarios['airline']() if name == 'airline' else manners(instruction='Be kind to them.')
+    t.name = name
+    tricks = attacks.get(name, task_attacks)(t)
+    assert len({a.name for a in tricks}) == len(tricks) >= 5
+    for a in tricks: assert 'What {x} is \\1 "this"?' in a.put('What {x} is \\1 "this"?')
+
+@pytest.mark.parametrize('name', list(scenarios))
+def test_right_replies_of_every_scenario_can_be_attacked(name):
+    "Each scenario has at least two test rows whose right reply is no success of any attack on it."
+    t = scenarios[name]()
+    assert len(evaluation._attackable(t, attacks.get(name, task_attacks)(t), 2, 0)) == 2
+
+# --- latency
+
+def test_latency_counts_the_tokens_asked_for(monkeypatch):
+    "A clock that moves by one second a token: whatever the model says, n tokens take n seconds, one of them the first."
+    model, tok = tiny_model('llama')
+    now, real = [0.], model.forward
+    monkeypatch.setattr(evaluation.time, 'perf_counter', lambda: now[0])
+    def forward(*a, **kw): now[0] += 1; return real(*a, **kw)
+    with monkeypatch.context() as m:
+        m.setattr(model, 'forward', forward)
+        assert latency(model, tok, 'hello', n=9) == dict(first=1., token=1.)
+
+def test_latency_of_words_in_front_is_theirs_too():
+    from peftbook.soft_prompting import SoftPrompting
+    model, tok = tiny_model('llama')
+    t = SoftPrompting('Be brief.', n_shots=0).attach(model)
+    res = latency(model, tok, 'hello', n=3, tries=1)
+    assert min(res.values()) > 0 and model.tuner is t
+    for kw in (dict(n=1), dict(tries=0)):
+        with pytest.raises(ValueError, match='at least'): latency(model, tok, 'hello', **kw)
