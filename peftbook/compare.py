@@ -320,6 +320,7 @@ def compare(
     except FloatingPointError as e: raise FloatingPointError(f'{m} on {t.name}: {e}; {_kept(sum(p.exists() for p in paths), n, folder)}') from None
     return rescored(results, tasks)
 
+# %% ../nbs/51_compare.ipynb #de32c192
 def _said(e, more):
     "An OSError that says `more`, and still which file and why."
     return OSError(e.errno, f'{e.strerror}; {more}', e.filename) if e.strerror else OSError(f'{e}; {more}')

@@ -11,7 +11,7 @@ notebooks = sorted(nbs.glob('*.ipynb'))
 modules = {d['default_exp']: p for p in chapters(nbs) for c in read_nb(p)['cells'] if 'default_exp' in (d := directives(c))}
 public = [m for m in modules if not m.startswith('_')]
 lib = root/cfg['lib_path']
-not_in_all = {'all', 'cli'}  # `cli` holds the shell's names
+not_in_all = {'all', 'cli', 'compare'}  # `cli` holds the shell's names, and alone imports `compare`
 heavy = 'transformers accelerate matplotlib bitsandbytes ipywidgets datasets peft gguf tokenizers safetensors huggingface_hub'.split()
 
 each_notebook = pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
