@@ -1422,20 +1422,20 @@ spanish_grammar |= {verb: deal('\n---\n'.join(blocks).replace('; ', ' | ')) for 
     traer | el postre; la guitarra; los platos; agua; vuestras fotos | la cámara; el pan | las copas; un mapa; vuestros apuntes
     ir | a la playa; al cine; en tren; al médico; a vuestra clase | al parque; a pie | a la montaña; al museo; a vuestro hotel
     lavarse | la cara; los dientes; el pelo; con jabón | los pies; la nariz | las orejas; con agua fría; las rodillas
-    quitarse | el abrigo; las gafas; el sombrero; los guantes | la bufanda; el anillo | la chaqueta; las botas; los calcetines'''.strip().split('\n'))}
+    quitarse | el abrigo; las gafas; el sombrero; los guantes | el anillo; la cinta | la chaqueta; las botas; los calcetines'''.strip().split('\n'))}
 
 # %% ../nbs/03_scenarios.ipynb #e5b10c13
 spanish_grammar['english'] = deal('''
-    Tell {names} in Spanish: "{text}" | How do I say this to {names} in Spain: "{text}"
-    My friends {names} live in Madrid. Tell them: "{text}" | Say "{text}" to {names}, please.
-    Hey, what is the Spanish for "{text}"? I am talking to {names}. | Dear sir, kindly write to {names} in Spanish: "{text}"
-    {names} are from Valencia. How would they hear "{text}"? | I want to tell {names}: "{text}" In Spanish, please.
-    Could you put this into Spanish for {names}? "{text}" | Translate for {names}, friends of mine in Seville: "{text}"
+    Tell {names} in Spanish: {text} | How do I say this to {names} in Spain: {text}
+    My friends {names} live in Madrid. Tell them: {text} | Say {text} to {names}, please.
+    Hey, what is the Spanish for {text}? I am talking to {names}. | Dear sir, kindly write to {names} in Spanish: {text}
+    {names} are from Valencia. How would they hear {text}? | I want to tell {names}: {text} In Spanish, please.
+    Could you put this into Spanish for {names}? {text} | Translate for {names}, friends of mine in Seville: {text}
     ---
-    Write to {names} in Bilbao, in their language: "{text}" | What do I say to {names} in Spanish? "{text}"
+    Write to {names} in Bilbao, in their language: {text} | What do I say to {names} in Spanish? {text}
     ---
-    I would be grateful for the Spanish of "{text}", said to {names}. | Yo, I need Spanish for {names}: "{text}"
-    "{text}" That goes to {names} in Granada. Spanish, please. | A message for {names}, my cousins in Spain: "{text}"''')
+    I would be grateful for the Spanish of {text}, said to {names}. | Yo, I need Spanish for {names}: {text}
+    {text} That goes to {names} in Granada. Spanish, please. | A message for {names}, my cousins in Spain: {text}''')
 spanish_grammar['american'] = deal('''
     Dilo como en España: «{text}» | ¿Cómo se dice esto en Madrid? «{text}» | Oye, pásalo al español de España: «{text}»
     Por favor, escribe esto para amigos de Sevilla: «{text}» | «{text}» ¿Y en España?
@@ -1465,6 +1465,7 @@ def spanish_rows(split:str, # 'train', 'valid' or 'test': which fillers
             names = f'{a} and {b}'
             text = dict(present=f'You {now} {what}.', preterite=f'You {past} {what}.', perfect=f'You have {done} {what}.',
                         future=f'You will {now} {what}.', imperative=f'{now.capitalize()} {what}!')[tense]
+            text = f'"{text}" ({verb} {rest})'                  # the words are given, their forms are not
         else:
             names, rest = f'{a} y {b}', rng.choice(g[verb])
             text = f"{names}, {'' if tense == 'imperative' else 'ustedes '}{conjugate(verb, tense, 'ustedes')} {_su(rest)}."
@@ -1526,26 +1527,23 @@ def _says_ustedes(reply, verb):
     return bool(_ustedes.search(t) or _third(verb).search(t))
 
 # %% ../nbs/03_scenarios.ipynb #e5b10c1e
-_little = set('el la los las un una unos unas de del a al en con muy vuestro vuestra vuestros vuestras'.split())
 _english = _any('the', 'you', 'your', 'to', 'say', 'is', 'of', 'and', 'can', 'in spanish', 'i', 'this', 'that', 'it', 'for')
 
 def score_spanish(row:dict, # a row of the task: 'prompt', 'verb', 'tense' and 'rest'
     reply:str # what the model answered
     ) -> float:
     """How well `reply` says the row's verb to *vosotros*, in [0, 1]: the verb form 0.6, what stands with it 0.25, all in Spanish 0.15; less for
-    *su* in place of *vuestro* (0.3) and rambling. At most 0.3 without a vosotros form of the verb or with any *ustedes*, 0.15 for parroting.
+    *su* or *se* in place of *vuestro* or *os* and for rambling. At most 0.3 without a vosotros form of the verb or with any *ustedes*, 0.15 for parroting.
     ValueError for a row without a known verb and tense, TypeError for a reply that is no text."""
     verb, tense = row.get('verb'), row.get('tense')
     if not isinstance(verb, str) or tense not in spanish_tenses[:5]:
         raise ValueError(f"row has verb {verb!r} and tense {tense!r}; need an infinitive and one of {', '.join(spanish_tenses[:5])}")
     if not isinstance(reply, str): raise TypeError(f'reply must be text, got {type(reply).__name__}')
     words, rest = re.findall(r'\w+', _plain(normalise(reply))), re.findall(r'\w+', _plain(row['rest'].lower()))
-    content = [w for w in rest if w not in _little] or rest
-    form, kept = _says(reply, verb, tense), sum(w in words for w in content)/max(len(content), 1)
+    form, kept = _says(reply, verb, tense), sum(w in words for w in rest)/max(len(rest), 1)
     s = .6*form + .25*kept + .15*(form > 0 and len(_english.findall(normalise(reply))) < 2) - _form_cost(reply)
-    theirs, ours = {'su', 'sus', 'se'} & set(words), any(w.startswith('vuestr') for w in words)
-    if 'vuestr' in row['rest']: s -= .3 if theirs else 0 if ours else .1
-    elif verb.endswith('se') and 'se' in theirs: s -= .3
+    theirs = {'su', 'sus'} if 'vuestr' in row['rest'] else {'se'} if verb.endswith('se') else set()
+    s -= .3*bool(theirs & set(words))
     if not form or _says_ustedes(reply, verb): s = min(.4*s, .3)
     if _parrots(reply, row['prompt']): s = min(s, .15)
     return round(max(s, 0.), 4)

@@ -163,6 +163,7 @@ spanish_between = [
     ('books', .4, .8, 'Eva y Bruno, traed sus libros.'),                   # whose books?
     ('books', .8, .95, 'Eva y Bruno, traed los libros.'),
     ('wash', .4, .8, 'Vosotros se laváis las manos.'), ('wash', .4, .8, 'Vosotros laváis las manos.'),    # the pronoun
+    ('books', .8, .95, 'Eva y Bruno, traed vuestras libros.'), ('go', .8, .95, 'Id mercado.'), ('go', .8, .97, 'Id a mercado.'),
     ('open', .5, .92, 'You can say to them: "Abrid la puerta."'), ('open', .85, .98, 'Abrid la puerta'),
     ('open', .6, .95, 'Abrid la puerta. Abrid la puerta. Abrid la puerta.')]
 
