@@ -468,7 +468,8 @@ def read_adapter(
     except ValueError as e: raise ValueError(f'{js} is not valid JSON ({e}): it was damaged; train or copy the adapter again') from None
     lacks = {'method', 'config', 'base', 'sha256'} - set(info if isinstance(info, dict) else ())
     if lacks: raise ValueError(f"{js} lacks {', '.join(sorted(lacks))}: it was not written by tuner.save")
-    if not (isinstance(info['method'], str) and isinstance(info['config'], dict) and isinstance(info['base'], dict) and {'name', 'fingerprint'} <= info['base'].keys()):
+    if not (isinstance(info['method'], str) and isinstance(info['config'], dict) and isinstance(info['base'], dict)
+            and all(isinstance(info['base'].get(k), str) for k in ('name', 'fingerprint'))):
         raise ValueError(f"{js} is damaged: 'method' must be a name, 'config' and 'base' objects, and base needs 'name' and 'fingerprint'; copy the adapter again")
     data = st.read_bytes()
     if hashlib.sha256(data).hexdigest() != info['sha256']: raise ValueError(f'{st} does not match the SHA-256 in tuner.json: it is truncated or was changed; copy the adapter again')
@@ -520,11 +521,12 @@ def read(cls:Tuner,
     "Make the tuner that a file holds, whatever its method. Keys, shapes and base must agree; else `ValueError`. The model is untouched."
     info, have = read_adapter(path)
     if info['method'] not in methods: raise ValueError(f"{path} holds the method {info['method']!r}; those imported are {', '.join(methods) or 'none'}: import its module first")
-    try:
-        self = methods[info['method']](**info['config'])
-        _check_base(path, info, model, base_mismatch)
-        self._build(model, fresh=False)
-    except TypeError as e: raise ValueError(f'{path}: its options do not fit this version of {info["method"]} ({e})') from None
+    unfit = f'{path}: its options do not fit this version of {info["method"]}'
+    try: self = methods[info['method']](**info['config'])
+    except (TypeError, ValueError) as e: raise ValueError(f'{unfit} ({e})') from None
+    _check_base(path, info, model, base_mismatch)
+    try: self._build(model, fresh=False)
+    except TypeError as e: raise ValueError(f'{unfit} ({e})') from None
     self.take(have, path)
     return self
 

@@ -306,7 +306,7 @@ def test_a_tampered_header_is_refused(folders, tmp_path, info):
     bank, at = folders
     bank.add('lora', at['lora'])
     refused.reply = bank.generate(['hi'], ['lora'], max_new_tokens=4)
-    refused(bank, changed(at['lora'], tmp_path/'header', **info), '.')
+    refused(bank, changed(at['lora'], tmp_path/'header', **info), 'header|tuner.json|nothing')
 
 def test_a_tampered_file_is_refused(folders):
     bank, at = folders
