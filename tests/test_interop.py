@@ -569,6 +569,15 @@ def test_trl_sft_trainer(make, kw, tmp_path):
     assert all(torch.equal(x, before[n]) for n, x in m.state_dict().items())
     from_peft(tmp_path/'a', tiny_model()[0])
 
+def test_trl_with_a_prefix_says_that_checkpointing_must_be_off(tmp_path):
+    "peft#869: TRL turns it on by default."
+    trl, datasets = pytest.importorskip('trl'), pytest.importorskip('datasets')
+    m, tok = tiny_model()
+    PrefixTuning(4).attach(m)
+    args = trl.SFTConfig(output_dir=str(tmp_path), max_steps=1, report_to=[], save_strategy='no', use_cpu=True, bf16=False, disable_tqdm=True)
+    tr = trl.SFTTrainer(model=m, args=args, train_dataset=datasets.Dataset.from_list([dict(text='hello there')]*2), processing_class=tok)
+    with pytest.raises(ValueError, match='checkpointing'): tr.train()
+
 @pytest.mark.parametrize('make', [LoRA, lambda: PromptTuning(4), lambda: PrefixTuning(4)], ids=['lora', 'prompt', 'prefix'])
 def test_text_generation_pipeline(make):
     from transformers import pipeline
