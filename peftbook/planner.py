@@ -133,10 +133,11 @@ class _Grouped(torch.autograd.Function):
     "The product of each row (rows x in) with the matrix of its expert (experts x in x out)."
     @staticmethod
     def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
+        ctx.save_for_backward(*(t if need else None for t, need in zip((w, x), ctx.needs_input_grad))) # each one's gradient needs the other
+        ctx.shapes = x.shape, w.shape
         return x.new_empty(len(x), w.shape[-1])
     @staticmethod
-    def backward(ctx, dy): return tuple(torch.empty_like(t) if need else None for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad))
+    def backward(ctx, dy): return tuple(dy.new_empty(s) if need else None for s, need in zip(ctx.shapes, ctx.needs_input_grad))
 
 def _fused(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
     "What a fused kernel keeps: queries, keys, values, the result and a number for each query and head."

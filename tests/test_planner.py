@@ -21,7 +21,8 @@ combinations = ([('full', None, c) for c in (False, True)] + [(m, b, c) for m in
                 [('qlora', None, c) for c in (False, True)] + [(m, b, False) for m in (*front, 'soft_prompting') for b in (None, 4)])
 
 def against(model, name, t, batch=1, seq=seq, bits=None, checkpointing=False, supervised=None):
-    "Predicted and measured bytes beyond nothing, and beyond the model alone."
+    "The plan, and the bytes measured."
+    with torch.no_grad(): model(torch.zeros(1, 2, dtype=torch.int64)) # the first use of quantized layers tries out two backends
     p = plan(name, t, batch, seq, supervised, dtype=model.dtype, bits=bits, checkpointing=checkpointing, device='cpu')
     if t.lr is not None: t.attach(model)
     if checkpointing: checkpoint_activations(model)
