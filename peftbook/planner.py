@@ -21,6 +21,7 @@ from .models import *
 from .models import _tiny_config, _tiny_tokenizer
 from .core import *
 from .core import _numbers
+from .speed import _sooner
 from .training import *
 from .training import _accelerator, _check_options as _check_numbers, _training
 from .costs import *
@@ -120,8 +121,11 @@ def _as_on(device):
     F.scaled_dot_product_attention = attend # a mode of torch's would be off where checkpointing runs a block again
     F.grouped_mm = lambda x, w, **kw: _Grouped.apply(x, w) if x.is_meta else grouped(x, w, **kw)
     torch.Generator = lambda d='cpu': generator('cpu' if torch.device(d).type == 'meta' else d)
+    if device == 'cpu': _sooner.add('meta')
     try: yield
-    finally: F.scaled_dot_product_attention, F.grouped_mm, torch.Generator = plain, grouped, generator
+    finally:
+        F.scaled_dot_product_attention, F.grouped_mm, torch.Generator = plain, grouped, generator
+        _sooner.discard('meta')
 
 def _cpu_fuses(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
     "Does the CPU have a kernel that holds no scores?"

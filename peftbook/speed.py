@@ -48,24 +48,27 @@ class _MatmulAttention(torch.autograd.Function):
         P = scores.softmax(-1).to(q.dtype)
         ctx.save_for_backward(q, k, v, P)
         ctx.scaling = scaling
-        return (P @ v).view(B, H, T, w)
+        return (P @ v).view(B, H, T, -1) # values may be of another width than keys
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         q, k, v, P = ctx.saved_tensors
-        shape, dy = dy.shape, dy.reshape(q.shape)
+        B, H, T, _ = dy.shape
+        dy = dy.reshape(*q.shape[:3], -1)
         dS = torch.ops.aten._softmax_backward_data(dy @ v.mT, P, -1, P.dtype).mul_(ctx.scaling)
-        return (dS @ k).view(shape), dS.mT @ q, P.mT @ dy, None, None
+        return (dS @ k).view(B, H, T, -1), dS.mT @ q, P.mT @ dy, None, None
 
 # %% ../nbs/04_speed.ipynb #04a7e007
+_sooner = {'cpu'} # devices where the products are; a plan of a step without data counts 'meta' as one
+
 def attention(module, query, key, value, attention_mask, dropout=0., scaling=None, **kwargs):
     "Attention as transformers calls it: by plain products where those are sooner (training on the CPU, half precision, short rows), else SDPA."
     T, S = query.shape[2], key.shape[2]
     plain = T == S and getattr(module, 'is_causal', True) if attention_mask is None else attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
     trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     odd = dropout or kwargs.get('softcap') is not None or kwargs.get('position_bias') is not None or kwargs.get('is_causal') is False
-    if query.device.type == 'cpu' and query.dtype.itemsize == 2 and trains and T*S <= 512*512 and plain and not odd:
+    if query.device.type in _sooner and query.dtype.itemsize == 2 and trains and T*S <= 512*512 and plain and not odd:
         return _MatmulAttention.apply(query, key, value, attention_mask, query.shape[-1]**-.5 if scaling is None else scaling).transpose(1, 2).contiguous(), None
     from transformers import AttentionInterface
     return AttentionInterface()['sdpa'](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)

@@ -134,6 +134,13 @@ def test_attention_is_picked_by_precision_gradient_and_length(monkeypatch):
         assert len(calls) == 2
         model.float()(ids[:, :20]); assert len(calls) == 2
 
+def test_values_may_be_of_another_width_than_keys():
+    "As in DeepSeek's latent attention."
+    g = torch.Generator().manual_seed(0)
+    x = [torch.randn(2, h, 9, w, generator=g, dtype=torch.float64).requires_grad_() for h, w in ((4, 8), (2, 8), (2, 6))]
+    ways = [lambda: speed._MatmulAttention.apply(*x, None, .3), lambda: F.scaled_dot_product_attention(*x, scale=.3, is_causal=True, enable_gqa=True)]
+    for a, b in zip(*((y := f(), *torch.autograd.grad(y.square().sum(), x)) for f in ways)): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
 def test_the_model_has_its_own_attention_back_after_an_error():
     model, _ = bf16()
     with pytest.raises(RuntimeError, match='stop'):
