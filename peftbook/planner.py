@@ -96,17 +96,21 @@ def mark(self:Tape,
 @patch
 def peak(self:Tape,
     share:dict={}, # part -> by how many devices it is shared
-    gathered:int=0, # bytes that forward and backward hold beside all that is on tape
+    first:int=0, # bytes beside all that is on tape when the forward pass begins
+    gathered:int=0, # and from then on until the backward pass ends
 ) -> tuple: # (part -> bytes at the peak, phase -> its own peak)
     "Add up what was alive, event by event."
     size = torch.tensor([b/share.get(p, 1) for b, p in zip(self.sizes, self.parts)], dtype=torch.float64)
     e = torch.tensor(self.events)
     held = (size[e.abs()]*e.sign()).cumsum(0)
     spans = [(n, a, b) for (n, a), (_, b) in zip(self.phases, self.phases[1:] + [('', len(e))]) if b > a]
-    for n, a, b in spans: held[a:b] += gathered*(n != 'step')
+    extra = torch.zeros_like(held)
+    for n, a, b in spans: extra[a:b] = gathered*(n != 'step')
+    extra[next(a for n, a, _ in spans if n == 'forward')] += max(0, first - gathered)
+    held += extra
     at = int(held.argmax())
     alive = torch.zeros(len(size)).index_add_(0, e[:at+1].abs(), e[:at+1].sign().float())
-    parts = dict(gathered=gathered) if gathered and next(n for n, a, b in spans if a <= at < b) != 'step' else {}
+    parts = dict(gathered=extra[at].item()) if extra[at] else {}
     for i in alive.nonzero().flatten().tolist(): parts[self.parts[i]] = parts.get(self.parts[i], 0) + size[i].item()
     return {k: round(v) for k, v in parts.items()}, {n: round(max(held[a:b].max().item() for m, a, b in spans if m == n)) for n, _, _ in spans}
 
@@ -343,14 +347,15 @@ def _repr_markdown_(self:Plan):
 
 # %% ../nbs/50_planner.ipynb #9e8a7d05
 def _gathered(model, live):
-    "What FSDP keeps whole on each device: what belongs to no block, two blocks of weights, and the gradients of one."
+    """What FSDP (torch's `fully_shard` of each block and of the whole) has gathered when the forward pass begins, and then: what belongs to no
+    block stays, blocks come and go, each with a buffer that it is gathered in, the next one ahead, and the gradients of one."""
     def size(ts): return sum(t.numel()*t.element_size() for t in ts)
     kinds = set(getattr(model, '_no_split_modules', None) or [])
     blocks = [m for m in model.modules() if type(m).__name__ in kinds]
     if not blocks: raise ValueError(f'{type(model).__name__} does not say what its blocks are, so how FSDP would part it is not known: plan for devices=1')
     inside = {id(p) for m in blocks for p in m.parameters()}
-    rest = size(p for p in model.parameters() if id(p) not in inside)
-    return rest + 2*max(size(m.parameters()) for m in blocks) + max(size(p for p in m.parameters() if id(p) in live) for m in blocks)
+    rest, block = size(p for p in model.parameters() if id(p) not in inside), max(size(m.parameters()) for m in blocks)
+    return 2*rest + 2*block, rest + 4*block + max(size(p for p in m.parameters() if id(p) in live) for m in blocks)
 
 # %% ../nbs/50_planner.ipynb #dab049b1
 def plan(
@@ -380,7 +385,7 @@ def plan(
     except (RuntimeError, NotImplementedError, TypeError) as e: # an operation that has no shape without data
         raise ValueError(f'{name} cannot take a step without data ({" ".join(str(e).split())[:160]}): plan for another model of its kind and size') from None
     share = {k: devices for k in ('weights', 'scales', 'tuner', 'gradients', 'moments', 'optimizer')}
-    parts, phases = tape.peak(share, 0 if devices == 1 else _gathered(empty, {id(p) for p in tuner.params.values()}))
+    parts, phases = tape.peak(share, *((0, 0) if devices == 1 else _gathered(empty, {id(p) for p in tuner.params.values()})))
     bits = (_how(tuner, bits) or {}).get('bits')
     words = [f'{batch} x {seq} tokens', f'{bits} bits' if bits else str(dtype)[6:]] + ['checkpointing']*checkpointing + [device if devices == 1 else f'each of {devices} {device} devices']
     return Plan(name, tuner, ', '.join(words), {k: parts[k] for k in _order if k in parts}, phases, numbers, sum(p.numel() for p in tuner.params.values()))
