@@ -409,9 +409,9 @@ def bars(
         import matplotlib.pyplot as plt
         _, ax = plt.subplots(figsize=(7, .8 + .3*len(plans)))
     left = dict.fromkeys(plans, 0.)
-    for i, part in enumerate(k for k in _order if any(k in p.parts for p in plans.values())):
+    for part in (k for k in _order if any(k in p.parts for p in plans.values())):
         width = {n: p.parts.get(part, 0)/1e9 for n, p in plans.items()}
-        ax.barh(list(plans), list(width.values()), left=list(left.values()), label=part, color=f'C{i}')
+        ax.barh(list(plans), list(width.values()), left=list(left.values()), label=part, color=f'C{_order.index(part)}' if part != 'optimizer' else 'k')
         left = {n: left[n] + width[n] for n in plans}
     for n, x in left.items(): ax.text(x, n, f' {x:.2f}', va='center', fontsize=8)
     ax.invert_yaxis()
