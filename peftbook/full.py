@@ -184,5 +184,5 @@ def step(self:RoundingAdam):
         root = (s['exp_avg_sq'].sqrt()/(1 - b2**t)**.5).add_(1e-8)
         w.addcdiv_(s['exp_avg'], root, value=-group['lr']/(1 - b1**t))
         if p.dtype == torch.bfloat16:
-            chance = torch.Generator('cpu' if p.is_meta else p.device).manual_seed(random.Random(f'{int(t)} {i}').getrandbits(63))
+            chance = torch.Generator(p.device).manual_seed(random.Random(f'{int(t)} {i}').getrandbits(63))
             p.copy_(self.round(w, chance))
