@@ -117,15 +117,18 @@ def peak(self:Tape,
 @contextmanager
 def _as_on(device):
     "Within it the meta device does attention as `device` would, multiplies experts in any precision, and has generators of random numbers."
-    plain, grouped, generator = F.scaled_dot_product_attention, F.grouped_mm, torch.Generator
+    home, name = (F, 'grouped_mm') if hasattr(F, 'grouped_mm') else (torch, '_grouped_mm') # until torch 2.10
+    plain, grouped, generator = F.scaled_dot_product_attention, getattr(home, name), torch.Generator
     def attend(q, *args, **kwargs):
         fused = q.is_meta and (device == 'cuda' or _cpu_fuses(q, *args, **kwargs))
         return (_fused if fused else plain)(q, *args, **kwargs)
     F.scaled_dot_product_attention = attend # a mode of torch's would be off where checkpointing runs a block again
-    F.grouped_mm = lambda x, w, **kw: _Grouped.apply(x, w) if x.is_meta else grouped(x, w, **kw)
+    setattr(home, name, lambda x, w, **kw: _Grouped.apply(x, w) if x.is_meta else grouped(x, w, **kw))
     torch.Generator = lambda d='cpu': generator('cpu' if torch.device(d).type == 'meta' else d)
     try: yield
-    finally: F.scaled_dot_product_attention, F.grouped_mm, torch.Generator = plain, grouped, generator
+    finally:
+        F.scaled_dot_product_attention, torch.Generator = plain, generator
+        setattr(home, name, grouped)
 
 def _cpu_fuses(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
     "Does the CPU have a kernel that holds no scores?"
