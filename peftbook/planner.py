@@ -118,17 +118,19 @@ def peak(self:Tape,
 @contextmanager
 def _as_on(device):
     "Within it the meta device does attention as `device` would, multiplies experts in any precision, and has generators of random numbers."
-    plain, grouped, generator = F.scaled_dot_product_attention, F.grouped_mm, torch.Generator
+    home, name = (F, 'grouped_mm') if hasattr(F, 'grouped_mm') else (torch, '_grouped_mm') # until torch 2.10
+    plain, grouped, generator = F.scaled_dot_product_attention, getattr(home, name), torch.Generator
     def attend(q, *args, **kwargs):
         fused = q.is_meta and (device == 'cuda' or _cpu_fuses(q, *args, **kwargs))
         return (_fused if fused else plain)(q, *args, **kwargs)
     F.scaled_dot_product_attention = attend # a mode of torch's would be off where checkpointing runs a block again
-    F.grouped_mm = lambda x, w, **kw: _Grouped.apply(x, w) if x.is_meta else grouped(x, w, **kw)
+    setattr(home, name, lambda x, w, **kw: _Grouped.apply(x, w) if x.is_meta else grouped(x, w, **kw))
     torch.Generator = lambda d='cpu': generator('cpu' if torch.device(d).type == 'meta' else d)
     if device == 'cpu': _sooner.add('meta')
     try: yield
     finally:
-        F.scaled_dot_product_attention, F.grouped_mm, torch.Generator = plain, grouped, generator
+        F.scaled_dot_product_attention, torch.Generator = plain, generator
+        setattr(home, name, grouped)
         _sooner.discard('meta')
 
 def _cpu_fuses(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
@@ -413,9 +415,9 @@ def bars(
         import matplotlib.pyplot as plt
         _, ax = plt.subplots(figsize=(7, .8 + .3*len(plans)))
     left = dict.fromkeys(plans, 0.)
-    for i, part in enumerate(k for k in _order if any(k in p.parts for p in plans.values())):
+    for part in (k for k in _order if any(k in p.parts for p in plans.values())):
         width = {n: p.parts.get(part, 0)/1e9 for n, p in plans.items()}
-        ax.barh(list(plans), list(width.values()), left=list(left.values()), label=part, color=f'C{i}')
+        ax.barh(list(plans), list(width.values()), left=list(left.values()), label=part, color=f'C{_order.index(part)}' if part != 'optimizer' else 'k')
         left = {n: left[n] + width[n] for n in plans}
     for n, x in left.items(): ax.text(x, n, f' {x:.2f}', va='center', fontsize=8)
     ax.invert_yaxis()
