@@ -286,6 +286,15 @@ def _check(tasks, names, seeds, folder):
 
 def _kept(done, n, folder): return f'{done} of {n} runs are finished and kept in {folder}: the same command goes on from there'
 
+def _said(e, more):
+    "An OSError that says `more`, and still which file and why."
+    return OSError(e.errno, f'{e.strerror}; {more}', e.filename) if e.strerror else OSError(f'{e}; {more}')
+
+def _made(model):
+    "Where a result comes from: code, versions, device, time."
+    code = {m: module_hash(m) for m in ('training', 'evaluation', 'scenarios', 'compare')}
+    return dict(code=code, versions=versions() | dict(python=platform.python_version()), device=_device(model.device), when=time.strftime('%Y-%m-%dT%H:%M:%S'))
+
 # %% ../nbs/51_compare.ipynb #de32c191
 def compare(
     tasks:list, # of `Task`
@@ -319,15 +328,6 @@ def compare(
     except OSError as e: raise _said(e, _kept(sum(p.exists() for p in paths), n, folder)) from None
     except FloatingPointError as e: raise FloatingPointError(f'{m} on {t.name}: {e}; {_kept(sum(p.exists() for p in paths), n, folder)}') from None
     return rescored(results, tasks)
-
-def _said(e, more):
-    "An OSError that says `more`, and still which file and why."
-    return OSError(e.errno, f'{e.strerror}; {more}', e.filename) if e.strerror else OSError(f'{e}; {more}')
-
-def _made(model):
-    "Where a result comes from: code, versions, device, time."
-    code = {m: module_hash(m) for m in ('training', 'evaluation', 'scenarios', 'compare')}
-    return dict(code=code, versions=versions() | dict(python=platform.python_version()), device=_device(model.device), when=time.strftime('%Y-%m-%dT%H:%M:%S'))
 
 # %% ../nbs/51_compare.ipynb #eaac6e73
 def pooled(
