@@ -65,14 +65,14 @@ class Size:
     test:int=32 # unseen rows that are answered and scored
     texts:int=8 # texts of the base's own on which forgetting is measured
     others:int=2 # rows of each other task, for the same
-    attacked:int=2 # rows, each tried with every attack
+    attacked:int=4 # rows, each tried with every attack
     def __post_init__(self):
         for k, v in vars(self).items():
             low = 2 if k in ('test', 'attacked') else 1 # an interval needs two rows
             if (v is None and k != 'steps') or (v is not None and (not isinstance(v, int) or v < low)): raise ValueError(f'{k}={v!r} must be a whole number, {low} at least')
 
 _rows_a_step = 4 # as in `peftbook tune`
-sizes = dict(quick=Size(steps=40, test=16, texts=6, others=1), full=Size())
+sizes = dict(quick=Size(steps=40, test=16, texts=6, others=1, attacked=2), full=Size())
 
 # %% ../nbs/51_compare.ipynb #ef3c7d24
 def make_tuner(
@@ -286,6 +286,15 @@ def _check(tasks, names, seeds, folder):
 
 def _kept(done, n, folder): return f'{done} of {n} runs are finished and kept in {folder}: the same command goes on from there'
 
+def _said(e, more):
+    "An OSError that says `more`, and still which file and why."
+    return OSError(e.errno, f'{e.strerror}; {more}', e.filename) if e.strerror else OSError(f'{e}; {more}')
+
+def _made(model):
+    "Where a result comes from: code, versions, device, time."
+    code = {m: module_hash(m) for m in ('training', 'evaluation', 'scenarios', 'compare')}
+    return dict(code=code, versions=versions() | dict(python=platform.python_version()), device=_device(model.device), when=time.strftime('%Y-%m-%dT%H:%M:%S'))
+
 # %% ../nbs/51_compare.ipynb #de32c191
 def compare(
     tasks:list, # of `Task`
@@ -319,16 +328,6 @@ def compare(
     except OSError as e: raise _said(e, _kept(sum(p.exists() for p in paths), n, folder)) from None
     except FloatingPointError as e: raise FloatingPointError(f'{m} on {t.name}: {e}; {_kept(sum(p.exists() for p in paths), n, folder)}') from None
     return rescored(results, tasks)
-
-# %% ../nbs/51_compare.ipynb #de32c192
-def _said(e, more):
-    "An OSError that says `more`, and still which file and why."
-    return OSError(e.errno, f'{e.strerror}; {more}', e.filename) if e.strerror else OSError(f'{e}; {more}')
-
-def _made(model):
-    "Where a result comes from: code, versions, device, time."
-    code = {m: module_hash(m) for m in ('training', 'evaluation', 'scenarios', 'compare')}
-    return dict(code=code, versions=versions() | dict(python=platform.python_version()), device=_device(model.device), when=time.strftime('%Y-%m-%dT%H:%M:%S'))
 
 # %% ../nbs/51_compare.ipynb #eaac6e73
 def pooled(
@@ -550,8 +549,9 @@ def _points(fig, table, x, xlabel, linear):
             mid, low, high = s[key]
             ax.errorbar(x(s), mid, [[max(mid - low, 0)], [max(high - mid, 0)]], fmt='o', color=_hue(m), capsize=2, label=_title(m))
         ax.set(title=task, xlabel=xlabel, ylabel=key)
-        ax.set_xscale('symlog', linthresh=linear)
-        ax.set_xlim(left=-.1*linear)
+        ax.set_xscale('symlog', linthresh=linear, linscale=.4)
+        ax.set_xlim(left=-.2*linear)
+        ax.set_xticks([t for t in ax.get_xticks() if t == 0 or t >= linear], minor=False)
         if key == 'loss': ax.invert_yaxis() # up is better
     fig.legend(*ax.get_legend_handles_labels(), loc='outside right upper', frameon=False)
 

@@ -39,11 +39,10 @@ def bootstrap(
     if not (v.isfinite().all() and w.isfinite().all() and (w > 0).all()):
         raise ValueError('values must be finite, and weights finite and above 0')
     if not (0 < level < 1 and n >= 1): raise ValueError(f'{level=} must be a share between 0 and 1, and {n=} 1 at least')
-    g, means = torch.Generator().manual_seed(seed), torch.empty(n, dtype=torch.float64)
-    for i in range(n):
-        idx = torch.randint(v.shape[-1], v.shape[-1:], generator=g)
-        runs = torch.randint(len(v), (len(v), 1), generator=g) if v.ndim == 2 else ... # seeds and rows cross: each seed saw the same rows
-        means[i] = v[runs, idx].sum()/w[runs, idx].sum()
+    g, rows = torch.Generator().manual_seed(seed), v.shape[-1]
+    at = torch.randint(rows, (n, 1, rows), generator=g)
+    if v.ndim == 2: at = torch.randint(len(v), (n, len(v), 1), generator=g)*rows + at # seeds and rows cross: each seed saw the same rows
+    means = v.flatten()[at].sum((1, 2))/w.flatten()[at].sum((1, 2))
     low, high = means.quantile(torch.tensor([(1 - level)/2, (1 + level)/2], dtype=torch.float64)).tolist()
     return (v.sum()/w.sum()).item(), low, high
 

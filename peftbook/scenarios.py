@@ -516,6 +516,8 @@ banking_grammar['ask_advice'] = deal('''
     Tell me if I should {act}. {aside} | {aside} Would it be smart to {act}? | I can't decide: should I {act} or wait? {aside}
     Is now a good time to {act}? {aside} | {aside} Do you advise me to {act}? | {aside} What would you do: {act} or not?
     {aside} Does it make sense to {act}?
+    I think of it a lot: would it be right to {act}? {aside} | {aside} Can you say if I should {act}?
+    Would you advise a friend to {act}? {aside} | {aside} What is your view, shall I {act}?
     ---
     {aside} Do you recommend that I {act}? | Is it better to {act} or to do nothing? {aside}
     ---
@@ -525,6 +527,8 @@ banking_grammar['ask_how'] = deal('''
     How do I {act}? {aside} | {aside} How can I {act}? | What must I do to {act}? {aside} | {aside} I would like to {act}. How does it work?
     {aside} Please explain how to {act}. | Where do I go to {act}? {aside} | {aside} In what way can I {act} with you?
     What are the steps to {act}? {aside}
+    I plan to {act}. What comes first? {aside} | {aside} I would like to know how people {act}.
+    I am ready to {act}. What do you need from me? {aside} | {aside} Do you have a form to {act}?
     ---
     How would I go about it to {act}? {aside} | {aside} I plan to {act}. Where do I start?
     ---
@@ -535,6 +539,8 @@ banking_grammar['ask_hours'] = deal('''
     When can I come in to {act}? {aside} | {aside} I want to {act}. When are you open? | What are your opening hours? I want to {act}. {aside}
     {aside} At what time do you open? I plan to {act}. | On which days can I visit you to {act}? {aside}
     {aside} How late are your branches open? I would like to {act}. | I would like to come by and {act}. What are your hours? {aside}
+    Which hours are you there? I want to {act}. {aside} | {aside} I have to {act}. How long are you open today?
+    Are your branches open on Mondays? I plan to {act}. {aside} | {aside} Tell me the hours of your branches, since I want to {act}.
     ---
     Until when are you open? I intend to {act}. {aside} | {aside} When do you close? I have to come in to {act}.
     ---

@@ -17,7 +17,7 @@ trained = [m for m in lecture if m != 'soft_prompting']
 rows = [dict(prompt=f'Say {i}.', completion=f'It is {i}.') for i in range(30)]
 def exact(row, reply): return float(reply == row['completion'])
 def task(score=exact, **kw): return replace(Task('say', rows[:22], [], rows[22:], score, 'Say the number that you are given, and nothing else.', rows[:2]), **kw)
-small = Size(steps=2, test=4, texts=2, others=1)
+small = Size(steps=2, test=4, texts=2, others=1, attacked=2)
 tiny = dict(size=small, model='tiny:llama')
 
 @pytest.fixture(scope='module')
