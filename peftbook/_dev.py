@@ -368,15 +368,21 @@ def place_picture(tag:str, # `<img ...>`
     return tag if ' width=' in tag else tag.replace('<img', '<img width="{}" height="{}"'.format(*size), 1)
 
 # %% ../nbs/99_dev.ipynb #f9b6d4fc
+_alike = re.compile(r'<span class="(\w\w)">([^<]*)</span>((?:<span class="\1">[^<]*</span>)+)') # neighbours in the colours of code
+
 def mend(text:str, # of a page
          docs:Path, # the folder of the site
          cfg:dict # what `settings.ini` says
         ) -> str: # the page
     "The small things that a page lacks."
     text = text.replace(f'href="{cfg["doc_host"]}{cfg["doc_baseurl"]}/', 'href="')
+    text = re.sub(r'<a href="\w+\.html#_\w+">(.*?)</a>', r'\1', text)
+    text = _alike.sub(lambda m: f'<span class="{m[1]}">{m[2]}{re.sub("<[^>]*>", "", m[3])}</span>', text)
     text = re.sub(r'(<i class="bi[^"]*") role="img"', r'\1 aria-hidden="true"', text)
     text = re.sub(r'<pre(?=[ >])|<div class="(?:sd-table|cell-output cell-output-display)"', r'\g<0> tabindex="0"', text)
     text = re.sub(r'<svg alt="', '<svg role="img" aria-label="', text)
+    if m := re.search(r'<a href="([^"]*)" class="toc-action"><i [^>]*></i> View source', text):
+        text = text.replace('<nav class="page-navigation">', f'<p class="d-lg-none"><a href="{m[1]}">View source</a></p><nav class="page-navigation">')
     return re.sub(r'<img\b[^>]*>', lambda m: place_picture(m[0], docs), text)
 
 # %% ../nbs/99_dev.ipynb #8fc2e99a
@@ -409,13 +415,17 @@ def finish(docs:Path, # the folder of the rendered site
            names:dict, # file name of a chapter -> the name that its page has
            cfg:dict # what `settings.ini` says
           ) -> list[str]: # problems
-    "Give the pages their links to the notebooks, their math, font and pictures, and look for missing ones."
+    "Give the pages their links to the notebooks, their math, font and pictures, put `llms.txt` in the order of the book, and look for missing pages."
     blob = f"{cfg['git_url']}/(blob|edit)/{cfg['branch']}/{cfg['nbs_path']}/"
     old = {new: o for o, new in names.items()}
     for p in docs.rglob('*.html'):
         text = p.read_text(encoding='utf-8')
         p.write_text(mend(re.sub(rf'({blob})([\w-]+\.ipynb)', lambda m: m[1] + old.get(m[3], m[3]), text), docs, cfg), encoding='utf-8')
     few_icons(docs)
+    if (llms := docs/'llms.txt').exists():
+        order = [f'/{Path(new).stem}.llms.md' for new in ('index', *names.values())]
+        lines = llms.read_text(encoding='utf-8').splitlines()
+        llms.write_text('\n'.join(sorted(lines, key=lambda o: next((i for i, p in enumerate(order) if p in o), -1))) + '\n', encoding='utf-8')
     try: local_math(docs); local_font(docs)
     except OSError as e: print(f'math and fonts will need the network: {e}', file=sys.stderr)
     pages = {o: docs/Path(new).with_suffix('.html') for o, new in names.items()}
@@ -473,34 +483,29 @@ _axe = """async () => (await axe.run({resultTypes: ['violations']})).violations.
   v => `axe, ${v.id}, ${v.nodes.length} times: ${v.nodes[0].html.slice(0, 120)} ${(v.nodes[0].any[0] || v.nodes[0].all[0] || v.nodes[0].none[0] || {message: ''}).message.slice(0, 120)}`)"""
 
 # %% ../nbs/99_dev.ipynb #ab25b092
-def visit(browser, # Playwright's
+def visit(context, # Playwright's, of a browser that reaches nothing but the site
           url:str, # of the site
           name:str, # of the page's file
           docs:Path, # the folder of the site
-          axe:str, # the text of axe's script
-          width:int=1280, # of the window
-          scheme:str='light' # or 'dark'
+          axe:str='' # the text of axe's script, if that is to look too
          ) -> dict: # problems, the page's bytes with all it loads, its links and its anchors
     "Open one page and write down what a reader would miss."
-    context = browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme)
     page, problems, loaded = context.new_page(), [], set()
-    def asked(route):
-        local = route.request.url.startswith(url)
-        if not local: problems.append(f'asks elsewhere: {route.request.url}')
-        loaded.add(route.request.url.partition('?')[0]) if local else None
-        route.continue_() if local else route.abort()
-    page.route(re.compile('^(?!data:)'), asked)
+    def asked(r):
+        if r.url.startswith(url): loaded.add(r.url.removeprefix(url).partition('?')[0])
+        elif not r.url.startswith('data:'): problems.append(f'asks elsewhere: {r.url}')
+    page.on('request', asked)
     page.on('console', lambda m: problems.append(f'console: {m.text}') if m.type == 'error' else None)
     page.on('pageerror', lambda e: problems.append(f'script: {e}'))
     page.on('requestfailed', lambda r: problems.append(f'not loaded: {r.url}') if r.url.startswith(url) else None)
     page.goto(url + name, wait_until='load')
     page.evaluate('() => document.fonts.ready.then(() => new Promise(requestAnimationFrame))')
     problems += page.evaluate(_lacks)
-    files = [docs/o.removeprefix(url) for o in loaded]
+    files = [docs/o for o in loaded]
     res = dict(problems=problems, weight=sum(f.stat().st_size for f in files if f.is_file()),
                links=page.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)"), ids=page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)"))
     if axe: page.evaluate(axe); problems += page.evaluate(_axe)
-    context.close()
+    page.close()
     return res
 
 # %% ../nbs/99_dev.ipynb #97b1bc66
@@ -525,14 +530,12 @@ def dead_links(pages:dict, # file name of a page -> what `visit` found on it
     return res
 
 # %% ../nbs/99_dev.ipynb #b43f9972
-def search_leads(browser, # Playwright's
+def search_leads(context, # Playwright's
                  url:str, # of the site
                  word:str, # typed into the field
-                 to:str, # the page that it must lead to
-                 width:int=1280 # of the window
+                 to:str # the page that it must lead to
                 ) -> list[str]: # problems
     "Type a word into the search as a reader does, and follow the result."
-    context = browser.new_context(viewport=dict(width=width, height=900))
     page = context.new_page()
     page.goto(url, wait_until='load')
     try:
@@ -541,8 +544,8 @@ def search_leads(browser, # Playwright's
         page.click(f'a.search-result[href*="{to}"]', timeout=5000)
         page.wait_for_url(re.compile(re.escape(to)), timeout=5000)
         return [] if word in page.inner_text('h1') else [f'search for {word}: {to} has another title']
-    except Exception as e: return [f'search for {word} at width {width}: {e}'.splitlines()[0]]
-    finally: context.close()
+    except Exception as e: return [f'search for {word} in a window of {page.viewport_size["width"]}: {e}'.splitlines()[0]]
+    finally: page.close()
 
 # %% ../nbs/99_dev.ipynb #ead780e5
 _axe_core = 'axe-core', '4.14.1'
@@ -559,16 +562,17 @@ def look_at(docs:Path, # the folder of the site
     exe = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
     if not exe: raise FileNotFoundError('no chromium on the path: apt-get install chromium')
     with sync_playwright() as p:
-        browser, res = p.chromium.launch(executable_path=exe, args=['--no-sandbox']), {}
+        browser, res = p.chromium.launch(executable_path=exe, args=['--no-sandbox', '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1']), {}
+        contexts = {(w, s): browser.new_context(viewport=dict(width=w, height=900), color_scheme=s) for w, s in states}
         for name in names:
-            seen = {f'{w} {s}': visit(browser, url, name, docs, axe, w, s) for w, s in states}
+            seen = {f'{w} {s}': visit(c, url, name, docs, axe if (w == 1280) == (s == 'light') else '') for (w, s), c in contexts.items()}
             every = {}
             for state, v in seen.items():
                 for o in v['problems']: every.setdefault(o, []).append(state)
             weight = max(v['weight'] for v in seen.values())
             if weight > _most: every[f'weighs {weight/1e6:.2f} MB, more than {_most/1e6} MB'] = []
             res[name] = v | dict(weight=weight, problems=[f"{name}: {o}{' at ' + ', '.join(s) if 0 < len(s) < len(states) else ''}" for o, s in every.items()])
-        if 'index.html' in names: res['index.html']['problems'] += [o for w in (1280, 390) for o in search_leads(browser, url, 'LoRA', 'lora.html', w)]
+        if 'index.html' in names: res['index.html']['problems'] += [o for (w, s), c in contexts.items() if s == 'light' for o in search_leads(c, url, 'LoRA', 'lora.html')]
         browser.close()
     return res
 
