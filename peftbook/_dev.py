@@ -88,14 +88,14 @@ def output_md(out:dict # an output of a code cell
 def cell_md(cell:dict, # a cell of the front page
             nbs:str='nbs' # the folder that its relative links start from
            ) -> str: # the cell and its outputs as Markdown
-    "One cell of the front page as Markdown; `#| hide` and `#| output: false` are kept to."
+    "One cell of the front page as Markdown; `#| hide`, `#| echo: false` and `#| output: false` are kept to."
     if cell['cell_type'] == 'markdown':
         parts = re.split(r'(?ms)(^```.*?^```)', source(cell))  # text and, at the odd places, fenced code
         parts[::2] = [re.sub(r'(\]\()(?![a-z]+:|[/#])', rf'\1{nbs}/', o) for o in parts[::2]]
         return ''.join(parts).strip()
     d = directives(cell)
     if cell['cell_type'] != 'code' or 'hide' in d: return ''
-    code = re.sub(r'(?m)^#\|.*\n?', '', source(cell)).strip()
+    code = '' if d.get('echo') == 'false' else re.sub(r'(?m)^#\|.*\n?', '', source(cell)).strip()
     outputs = [] if d.get('output') == 'false' else cell['outputs']
     return '\n\n'.join(filter(None, [f'```python\n{code}\n```' if code else '', *map(output_md, outputs)]))
 
