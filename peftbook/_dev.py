@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['find_root', 'settings', 'source', 'directives', 'read_nb', 'nb_text', 'chapters', 'page_name', 'output_md', 'cell_md',
            'readme_text', 'settle', 'readme', 'badge_cells', 'with_badge', 'badges', 'stamps', 'stale_cells', 'stale',
-           'fast', 'run_nb', 'run', 'relink', 'rename_pages', 'npm_dist', 'set_math', 'local_math', 'local_font',
-           'few_icons', 'figure_words', 'described', 'place_picture', 'mend', 'offline_config', 'process', 'finish',
-           'site', 'served', 'visit', 'dead_links', 'search_leads', 'look_at', 'look', 'main']
+           'fast', 'said', 'same_line', 'stale_outputs', 'run_nb', 'run', 'relink', 'rename_pages', 'npm_dist',
+           'set_math', 'local_math', 'local_font', 'few_icons', 'figure_words', 'described', 'place_picture', 'mend',
+           'offline_config', 'process', 'finish', 'site', 'served', 'visit', 'dead_links', 'search_leads', 'look_at',
+           'look', 'main']
 
 # %% ../nbs/99_dev.ipynb #a88e01fd
 import argparse, ast, base64, difflib, hashlib, html, io, json, os, re, shutil, subprocess, sys, tarfile, tempfile, threading
@@ -196,34 +197,72 @@ def fast(nb:dict # a notebook
     skip = lambda c: 'slow' in directives(c) or directives(c).get('eval') == 'false'
     return nb | dict(cells=[c | dict(source='') if skip(c) else c for c in nb['cells']])
 
+# %% ../nbs/99_dev.ipynb #da685ffc
+_varies = re.compile(r'\b(?:seconds?|ms|minutes?|min|CPU|cpu|threads?|MiB|GFLOP\S*)\b|\d ?s\b|/s\b|\d:\d\d|(?<![\w.])/(?:tmp|root|home|work)\b|\b0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+\.\d+\.\d+|pypi:')
+_number = re.compile(r'[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?')
+
+def said(outputs:list # of a cell
+        ) -> list[str]: # lines
+    "The lines of a cell's text outputs that may not differ from run to run."
+    text = lambda o: o if isinstance(o, str) else ''.join(o)
+    parts = [text(o['text']) for o in outputs if o['output_type'] == 'stream' and o['name'] == 'stdout']
+    data = [o['data'] for o in outputs if 'data' in o]
+    parts += ['\n' + text(d.get('text/markdown', d.get('text/plain', ''))) for d in data if '<progress' not in text(d.get('text/html', ''))]
+    return [o.rstrip() for o in ''.join(parts).splitlines() if o.strip() and not _varies.search(o)]
+
+def same_line(a:str, b:str) -> bool: # is it?
+    "The same words, and numbers that lie close together."
+    x, y = ([float(n.replace(',', '')) for n in _number.findall(o)] for o in (a, b))
+    return _number.sub('#', a).split() == _number.sub('#', b).split() and all(abs(m - n) <= max(1e-4, .02*abs(m)) for m, n in zip(x, y))
+
+# %% ../nbs/99_dev.ipynb #9b26d995
+def stale_outputs(saved:dict, # a notebook
+                  now:dict # the same, run
+                 ) -> list[str]: # one line for each cell that says something else
+    "The fast cells whose saved text outputs are not those of this run."
+    res = []
+    for i, (a, b) in enumerate(zip(fast(saved)['cells'], now['cells'])):
+        if a['cell_type'] != 'code' or not source(a) or directives(a).get('fresh') == 'false': continue
+        x, y = said(a['outputs']), said(b['outputs'])
+        pairs = [(m, n) for m, n in zip(x + ['nothing more']*(len(y) - len(x)), y + ['nothing more']*(len(x) - len(y))) if not same_line(m, n)]
+        if pairs: res.append(f'cell {i}: its saved output says {pairs[0][0][:100]!r}, now it is {pairs[0][1][:100]!r}')
+    return res
+
 # %% ../nbs/99_dev.ipynb #ceec4992
 def run_nb(path:Path, # a notebook
-           timeout:int=600 # seconds that one cell may take
-          ) -> list[str]: # the error and where it happened, else nothing
+           timeout:int=600, # seconds that one cell may take
+           fresh:bool=False # compare what its cells say with their saved outputs?
+          ) -> list[str]: # the error and where it happened, or what is stale, else nothing
     "Run the fast cells of a notebook in an empty folder. Needs `nbclient` and `ipykernel`."
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-    nb = nbformat.reads(json.dumps(fast(read_nb(path))), as_version=4)
+    saved, results = read_nb(path), Path(path).resolve().parent/'results'
+    nb = nbformat.reads(json.dumps(fast(saved)), as_version=4)
     with tempfile.TemporaryDirectory() as tmp:
-        try: NotebookClient(nb, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': tmp}}).execute()
+        if results.is_dir(): os.symlink(results, Path(tmp)/'results')
+        place = tmp if re.match(r'\d', Path(path).name) else str(results.parent)
+        try: NotebookClient(nb, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': place}}).execute()
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
             done = [i for i, c in enumerate(nb.cells) if 'execution' in c.metadata]
             return [f'{path.name}, cell {done[-1] if done else 0}: {e}']
-    return []
+    return [f'{path.name}, {o}; run it again' for o in stale_outputs(saved, nb)] if fresh else []
 
 # %% ../nbs/99_dev.ipynb #82222cea
-def run(nbs:Path # the folder of the notebooks
-       ) -> list[str]: # the first error, else nothing
+def run(nbs:Path, # the folder of the notebooks, or one notebook
+        fresh:bool=False # compare what their cells say with the saved outputs?
+       ) -> list[str]: # the first error, or all that is stale, else nothing
     "Run the fast cells of every notebook in `nbs`, each in an empty folder, and stop at the first error."
     import time
-    paths = sorted(Path(nbs).glob('*.ipynb'))
+    paths, stale = [Path(nbs)] if Path(nbs).suffix == '.ipynb' else sorted(Path(nbs).glob('*.ipynb')), []
     if not paths: return [f'no notebooks in {nbs}']
     for p in paths:
         start = time.perf_counter()
-        if problems := run_nb(p): return problems
+        problems = run_nb(p, fresh=fresh)
+        if problems and not problems[0].endswith('run it again'): return stale + problems
+        stale += problems
         print(f'{p.name}: {time.perf_counter()-start:.1f} s', flush=True)
-    return []
+    return stale
 
 # %% ../nbs/99_dev.ipynb #8373a844
 def relink(text:str, # Markdown, or the configuration
@@ -598,9 +637,10 @@ def main(argv=None # the words of the command line; None takes the process's own
     sub = cli.add_subparsers(dest='command', required=True)
     for f in (readme, badges): sub.add_parser(f.__name__, help=f.__doc__).add_argument('--check', action='store_true', help='change nothing; fail if something would change')
     for f in (stale, site, look): sub.add_parser(f.__name__, help=f.__doc__)
-    sub.add_parser('run', help=run.__doc__).add_argument('nbs', nargs='?', default='nbs', type=Path, help='the folder of the notebooks (default: nbs)')
+    for name, words in dict(run=run.__doc__, fresh='Run them and compare what their cells say with the saved outputs.').items():
+        sub.add_parser(name, help=words).add_argument('nbs', nargs='?', default='nbs', type=Path, help='the folder of the notebooks, or one of them (default: nbs)')
     args = cli.parse_args(argv)
-    if args.command == 'run': problems = run(args.nbs)
+    if args.command in ('run', 'fresh'): problems = run(args.nbs, args.command == 'fresh')
     elif args.command in ('readme', 'badges'): problems = globals()[args.command](find_root(), args.check)
     else: problems = globals()[args.command](find_root())
     for o in problems: print(o, file=sys.stderr)

@@ -17,7 +17,7 @@ def page():
         if c['cell_type'] == 'code' and ('def ' in source(c) or 'from peftbook.compare' in source(c)): exec('\n'.join(source(c).splitlines()[:-1] if 'def ' in source(c) else source(c).splitlines()), here)
     return here
 
-def rows(shown): return [[o.strip() for o in line.strip('| ').split('|')] for line in shown.data.splitlines() if line.startswith('|')]
+def rows(shown): return [[o.strip() for o in line[1:-1].split('|')] for line in shown.data.splitlines() if line.startswith('|')]
 
 def test_without_runs_it_says_how_to_make_them(tmp_path):
     shown = page()['closing_table'](tmp_path/'none')
