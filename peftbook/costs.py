@@ -6,7 +6,7 @@
 __all__ = ['figure_style', 'peak_bytes', 'look_of', 'svg_figure']
 
 # %% ../nbs/06_costs.ipynb #2e1024a0
-import io, os
+import gc, io, os
 
 import torch
 
@@ -17,6 +17,7 @@ def peak_bytes(
 ) -> int:
     """What torch's allocator held at most while `fn` ran, above what it held when that began. Scratch memory that a library
     of kernels takes from elsewhere is not seen."""
+    gc.collect() # else what nobody holds any more might be given back meanwhile, and make the peak look lower
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()

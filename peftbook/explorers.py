@@ -160,7 +160,7 @@ def _line(a, b, n):
     "From what `_few` layers take and one more, what n do."
     return a + (n - _few)*(b - a)
 
-@lru_cache(1000)
+@lru_cache(100)
 def _quick_plan(model, method, **how):
     "`plan`, from two of few layers."
     name, config = _config(model)
