@@ -158,9 +158,9 @@ def with_badge(nb:dict, # a chapter
 def badges(root:Path, # the repository
            check:bool=False # only compare?
           ) -> list[str]: # problems
-    "Put the badge and the install cell into every chapter."
+    "Put the badge and the install cell into every chapter and the front page."
     cfg = settings(root)
-    return [o for p in chapters(root/cfg['nbs_path']) for o in settle(p, nb_text(with_badge(read_nb(p), p.name, cfg)), check)]
+    return [o for p in [*chapters(root/cfg['nbs_path']), root/cfg['nbs_path']/cfg['readme_nb']] for o in settle(p, nb_text(with_badge(read_nb(p), p.name, cfg)), check)]
 
 # %% ../nbs/99_dev.ipynb #3e371104
 def stamps(cell:dict # a code cell

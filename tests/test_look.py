@@ -4,7 +4,8 @@ import pytest
 pytest.importorskip('playwright')
 from peftbook._dev import _axe_core, local_math, look_at, npm_dist, search_leads, served, set_math
 
-pytestmark = pytest.mark.skipif(not (shutil.which('chromium') and shutil.which('npm')), reason='needs chromium and npm')
+chrome = shutil.which('chromium') or shutil.which('google-chrome')
+pytestmark = pytest.mark.skipif(not (chrome and shutil.which('npm')), reason='needs chromium and npm')
 dot = 'data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M/wHwAEBgIApD5fRAAAAABJRU5ErkJggg=='
 faults = { # name -> (what stands on the page, what is said of it)
     'fine': (f'<p>Costs <code>$x$</code>.</p><img src="{dot}" width="1" height="1" alt="a dot"><pre tabindex="0">{"x"*999}</pre>', None),
@@ -41,7 +42,7 @@ def test_a_search_that_finds_nothing_is_a_problem(tmp_path):
     from playwright.sync_api import sync_playwright
     (tmp_path/'index.html').write_text('<input type="search">')
     with served(tmp_path) as url, sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=shutil.which('chromium'), args=['--no-sandbox'])
+        browser = p.chromium.launch(executable_path=chrome, args=['--no-sandbox'])
         assert search_leads(browser.new_context(), url, 'LoRA', 'lora.html')[0].startswith('search for LoRA in a window of 1280')
         browser.close()
 
