@@ -198,20 +198,21 @@ def fast(nb:dict # a notebook
     return nb | dict(cells=[c | dict(source='') if skip(c) else c for c in nb['cells']])
 
 # %% ../nbs/99_dev.ipynb #da685ffc
-_varies = re.compile(r'\b(?:seconds?|ms|minutes?|min|CPU|cpu|threads?|MiB|GFLOP\S*)\b|\d ?s\b|/s\b|\d:\d\d|(?<![\w.])/(?:tmp|root|home|work)\b|\b0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+\.\d+\.\d+|pypi:')
+_varies = re.compile(r'\b(?:seconds?|ms|minutes?|min|CPU|cpu|threads?|MiB|GFLOP\S*)\b|\d ?s\b|/s\b|\d:\d\d|(?<![\w.])/(?:tmp|root|home|work)\b|\b0x[0-9a-f]+|(?<![.\w])(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{8,}\b(?![-.])|\d+\.\d+\.\d+|pypi:')
 _number = re.compile(r'[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?')
 
 def said(outputs:list # of a cell
         ) -> list[str]: # lines
-    "The lines of a cell's text outputs that may not differ from run to run."
+    "The lines of a cell's text outputs; '...' for one that may differ from run to run."
     text = lambda o: o if isinstance(o, str) else ''.join(o)
     parts = [text(o['text']) for o in outputs if o['output_type'] == 'stream' and o['name'] == 'stdout']
     data = [o['data'] for o in outputs if 'data' in o]
     parts += ['\n' + text(d.get('text/markdown', d.get('text/plain', ''))) for d in data if '<progress' not in text(d.get('text/html', ''))]
-    return [o.rstrip() for o in ''.join(parts).splitlines() if o.strip() and not _varies.search(o)]
+    return ['...' if _varies.search(o) else o.rstrip() for o in ''.join(parts).splitlines() if o.strip()]
 
 def same_line(a:str, b:str) -> bool: # is it?
-    "The same words, and numbers that lie close together."
+    "The same words, and numbers that lie close together; or a line that may differ."
+    if '...' in (a, b): return True
     x, y = ([float(n.replace(',', '')) for n in _number.findall(o)] for o in (a, b))
     return _number.sub('#', a).split() == _number.sub('#', b).split() and all(abs(m - n) <= max(1e-4, .02*abs(m)) for m, n in zip(x, y))
 
