@@ -198,7 +198,7 @@ def fast(nb:dict # a notebook
     return nb | dict(cells=[c | dict(source='') if skip(c) else c for c in nb['cells']])
 
 # %% ../nbs/99_dev.ipynb #da685ffc
-_varies = re.compile(r'\b(?:seconds?|ms|minutes?|min|CPU|cpu|threads?|MiB|GFLOP\S*)\b|\d ?s\b|/s\b|\d:\d\d|(?<![\w.])/(?:tmp|root|home|work)\b|\b0x[0-9a-f]+|(?<![.\w])(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{8,}\b(?![-.])|\d+\.\d+\.\d+|pypi:')
+_varies = re.compile(r'\b(?:seconds?|ms|minutes?|min|CPU|cpu|threads?|MiB|GFLOP\S*)\b|\d ?s\b|/s\b|\d:\d\d|(?<![\w.])/(?:tmp|root|home|work)\b|\b0x[0-9a-f]+|(?<![.\w])(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{8,}\b(?![-.])|\d+\.\d+\.\d+|pypi:|\.{4,}\w')
 _number = re.compile(r'[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?')
 
 def said(outputs:list # of a cell
@@ -213,8 +213,12 @@ def said(outputs:list # of a cell
 def same_line(a:str, b:str) -> bool: # is it?
     "The same words, and numbers that lie close together; or a line that may differ."
     if '...' in (a, b): return True
-    x, y = ([float(n.replace(',', '')) for n in _number.findall(o)] for o in (a, b))
-    return _number.sub('#', a).split() == _number.sub('#', b).split() and all(abs(m - n) <= max(1e-4, .02*abs(m)) for m, n in zip(x, y))
+    x, y = (_number.findall(o) for o in (a, b))
+    def close(m, n):
+        last = 10.**-len(m.partition('.')[2]) if '.' in m and 'e' not in m else 0 # one in the last place that is printed
+        m, n = (float(o.replace(',', '')) for o in (m, n))
+        return abs(m - n) <= 1.001*max(1e-4, .02*abs(m), last)
+    return _number.sub('#', a).split() == _number.sub('#', b).split() and all(map(close, x, y))
 
 # %% ../nbs/99_dev.ipynb #9b26d995
 def stale_outputs(saved:dict, # a notebook
