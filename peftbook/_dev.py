@@ -205,10 +205,17 @@ def said(outputs:list # of a cell
         ) -> list[str]: # lines
     "The lines of a cell's text outputs; '...' for one that may differ from run to run."
     text = lambda o: o if isinstance(o, str) else ''.join(o)
-    parts = [text(o['text']) for o in outputs if o['output_type'] == 'stream' and o['name'] == 'stdout']
+    parts = [''.join(text(o['text']) for o in outputs if o['output_type'] == 'stream' and o['name'] == 'stdout')]
     data = [o['data'] for o in outputs if 'data' in o]
-    parts += ['\n' + text(d.get('text/markdown', d.get('text/plain', ''))) for d in data if '<progress' not in text(d.get('text/html', ''))]
-    return ['...' if _varies.search(o) else o.rstrip() for o in ''.join(parts).splitlines() if o.strip()]
+    parts += [text(d.get('text/markdown', d.get('text/plain', ''))) for d in data if '<progress' not in text(d.get('text/html', ''))]
+    res = []
+    for part in parts:
+        timed = False # is this a table whose head speaks of time?
+        for o in filter(str.strip, part.splitlines()):
+            varies = bool(_varies.search(o))
+            timed |= varies and not re.search(r'\d', o)
+            res.append('...' if varies or timed else o.rstrip())
+    return res
 
 def same_line(a:str, b:str) -> bool: # is it?
     "The same words, and numbers that lie close together; or a line that may differ."
