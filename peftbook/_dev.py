@@ -212,9 +212,8 @@ def said(outputs:list # of a cell
     for part in parts:
         timed = False # is this a table whose head speaks of time?
         for o in filter(str.strip, part.splitlines()):
-            varies = bool(_varies.search(o))
-            timed |= varies and not re.search(r'\d', o)
-            res.append('...' if varies or timed else o.rstrip())
+            timed |= bool(re.search(r'\b(?:seconds?|ms|s|minutes?)\b|/s\b', o)) and not re.search(r'\d', o)
+            res.append('...' if timed or _varies.search(o) else o.rstrip())
     return res
 
 def same_line(a:str, b:str) -> bool: # is it?
