@@ -212,7 +212,7 @@ def said(outputs:list # of a cell
     for part in parts:
         timed = False # is this a table whose head speaks of time?
         for o in filter(str.strip, part.splitlines()):
-            timed |= bool(re.search(r'\b(?:seconds?|ms|s|minutes?)\b|/s\b', o)) and not re.search(r'\d', o)
+            timed |= bool(re.search(r'\b(?:(?:micro)?seconds?|ms|s|minutes?)\b|/s\b', o)) and not re.search(r'\d[\d,.]* ?(?:\w*seconds?|m?s|minutes?|\w+/s)\b', o)
             res.append('...' if timed or _varies.search(o) else o.rstrip())
     return res
 
