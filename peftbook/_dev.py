@@ -5,12 +5,18 @@
 # %% auto #0
 __all__ = ['find_root', 'settings', 'source', 'directives', 'read_nb', 'nb_text', 'chapters', 'page_name', 'output_md', 'cell_md',
            'readme_text', 'settle', 'readme', 'badge_cells', 'with_badge', 'badges', 'stamps', 'stale_cells', 'stale',
-           'fast', 'run_nb', 'run', 'relink', 'rename_pages', 'katex_dist', 'local_katex', 'offline_config', 'process',
-           'finish', 'site', 'main']
+           'fast', 'said', 'same_line', 'stale_outputs', 'run_nb', 'run', 'relink', 'rename_pages', 'npm_dist',
+           'set_math', 'local_math', 'local_font', 'few_icons', 'figure_words', 'described', 'place_picture', 'mend',
+           'offline_config', 'process', 'finish', 'site', 'served', 'visit', 'dead_links', 'search_leads', 'look_at',
+           'look', 'main']
 
 # %% ../nbs/99_dev.ipynb #a88e01fd
-import argparse, difflib, json, os, re, shutil, subprocess, sys, tarfile, tempfile
+import argparse, ast, base64, difflib, hashlib, html, io, json, os, re, shutil, subprocess, sys, tarfile, tempfile, threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from configparser import ConfigParser
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 # %% ../nbs/99_dev.ipynb #eecaf6a2
@@ -83,14 +89,14 @@ def output_md(out:dict # an output of a code cell
 def cell_md(cell:dict, # a cell of the front page
             nbs:str='nbs' # the folder that its relative links start from
            ) -> str: # the cell and its outputs as Markdown
-    "One cell of the front page as Markdown; `#| hide` and `#| output: false` are kept to."
+    "One cell of the front page as Markdown; `#| hide`, `#| echo: false` and `#| output: false` are kept to."
     if cell['cell_type'] == 'markdown':
         parts = re.split(r'(?ms)(^```.*?^```)', source(cell))  # text and, at the odd places, fenced code
         parts[::2] = [re.sub(r'(\]\()(?![a-z]+:|[/#])', rf'\1{nbs}/', o) for o in parts[::2]]
         return ''.join(parts).strip()
     d = directives(cell)
     if cell['cell_type'] != 'code' or 'hide' in d: return ''
-    code = re.sub(r'(?m)^#\|.*\n?', '', source(cell)).strip()
+    code = '' if d.get('echo') == 'false' else re.sub(r'(?m)^#\|.*\n?', '', source(cell)).strip()
     outputs = [] if d.get('output') == 'false' else cell['outputs']
     return '\n\n'.join(filter(None, [f'```python\n{code}\n```' if code else '', *map(output_md, outputs)]))
 
@@ -152,9 +158,9 @@ def with_badge(nb:dict, # a chapter
 def badges(root:Path, # the repository
            check:bool=False # only compare?
           ) -> list[str]: # problems
-    "Put the badge and the install cell into every chapter."
+    "Put the badge and the install cell into every chapter and the front page."
     cfg = settings(root)
-    return [o for p in chapters(root/cfg['nbs_path']) for o in settle(p, nb_text(with_badge(read_nb(p), p.name, cfg)), check)]
+    return [o for p in [*chapters(root/cfg['nbs_path']), root/cfg['nbs_path']/cfg['readme_nb']] for o in settle(p, nb_text(with_badge(read_nb(p), p.name, cfg)), check)]
 
 # %% ../nbs/99_dev.ipynb #3e371104
 def stamps(cell:dict # a code cell
@@ -191,34 +197,83 @@ def fast(nb:dict # a notebook
     skip = lambda c: 'slow' in directives(c) or directives(c).get('eval') == 'false'
     return nb | dict(cells=[c | dict(source='') if skip(c) else c for c in nb['cells']])
 
+# %% ../nbs/99_dev.ipynb #da685ffc
+_varies = re.compile(r'\b(?:seconds?|ms|minutes?|min|CPU|cpu|threads?|MiB|GFLOP\S*)\b|\d ?s\b|/s\b|\d:\d\d|(?<![\w.])/(?:tmp|root|home|work)\b|\b0x[0-9a-f]+|(?<![.\w])(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{8,}\b(?![-.])|\d+\.\d+\.\d+|pypi:|\.{4,}\w')
+_number = re.compile(r'[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?')
+
+def said(outputs:list # of a cell
+        ) -> list[str]: # lines
+    "The lines of a cell's text outputs; '...' for one that may differ from run to run."
+    text = lambda o: o if isinstance(o, str) else ''.join(o)
+    parts = [''.join(text(o['text']) for o in outputs if o['output_type'] == 'stream' and o['name'] == 'stdout')]
+    data = [o['data'] for o in outputs if 'data' in o]
+    parts += [text(d.get('text/markdown', d.get('text/plain', ''))) for d in data if '<progress' not in text(d.get('text/html', ''))]
+    res = []
+    for part in parts:
+        timed = False # is this a table whose head speaks of time?
+        for o in filter(str.strip, part.splitlines()):
+            timed |= bool(re.search(r'\b(?:(?:micro)?seconds?|ms|s|minutes?)\b|/s\b', o)) and not re.search(r'\d[\d,.]* ?(?:\w*seconds?|m?s|minutes?|\w+/s)\b', o)
+            res.append('...' if timed or _varies.search(o) else o.rstrip())
+    return res
+
+def same_line(a:str, b:str) -> bool: # is it?
+    "The same words, and numbers that lie close together; or a line that may differ."
+    if '...' in (a, b): return True
+    x, y = (_number.findall(o) for o in (a, b))
+    def close(m, n):
+        last = 10.**-len(m.partition('.')[2]) if '.' in m and 'e' not in m else 0 # one in the last place that is printed
+        m, n = (float(o.replace(',', '')) for o in (m, n))
+        return abs(m - n) <= 1.001*max(1e-4, .02*abs(m), last)
+    return _number.sub('#', a).split() == _number.sub('#', b).split() and all(map(close, x, y))
+
+# %% ../nbs/99_dev.ipynb #9b26d995
+def stale_outputs(saved:dict, # a notebook
+                  now:dict # the same, run
+                 ) -> list[str]: # one line for each cell that says something else
+    "The fast cells whose saved text outputs are not those of this run."
+    res = []
+    for i, (a, b) in enumerate(zip(fast(saved)['cells'], now['cells'])):
+        if a['cell_type'] != 'code' or not source(a) or directives(a).get('fresh') == 'false': continue
+        x, y = said(a['outputs']), said(b['outputs'])
+        pairs = [(m, n) for m, n in zip(x + ['nothing more']*(len(y) - len(x)), y + ['nothing more']*(len(x) - len(y))) if not same_line(m, n)]
+        if pairs: res.append(f'cell {i}: its saved output says {pairs[0][0][:100]!r}, now it is {pairs[0][1][:100]!r}')
+    return res
+
 # %% ../nbs/99_dev.ipynb #ceec4992
 def run_nb(path:Path, # a notebook
-           timeout:int=600 # seconds that one cell may take
-          ) -> list[str]: # the error and where it happened, else nothing
+           timeout:int=600, # seconds that one cell may take
+           fresh:bool=False # compare what its cells say with their saved outputs?
+          ) -> list[str]: # the error and where it happened, or what is stale, else nothing
     "Run the fast cells of a notebook in an empty folder. Needs `nbclient` and `ipykernel`."
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-    nb = nbformat.reads(json.dumps(fast(read_nb(path))), as_version=4)
+    saved, results = read_nb(path), Path(path).resolve().parent/'results'
+    nb = nbformat.reads(json.dumps(fast(saved)), as_version=4)
     with tempfile.TemporaryDirectory() as tmp:
-        try: NotebookClient(nb, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': tmp}}).execute()
+        if results.is_dir(): os.symlink(results, Path(tmp)/'results')
+        place = tmp if re.match(r'\d', Path(path).name) else str(results.parent)
+        try: NotebookClient(nb, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': place}}).execute()
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
             done = [i for i, c in enumerate(nb.cells) if 'execution' in c.metadata]
             return [f'{path.name}, cell {done[-1] if done else 0}: {e}']
-    return []
+    return [f'{path.name}, {o}; run it again' for o in stale_outputs(saved, nb)] if fresh else []
 
 # %% ../nbs/99_dev.ipynb #82222cea
-def run(nbs:Path # the folder of the notebooks
-       ) -> list[str]: # the first error, else nothing
+def run(nbs:Path, # the folder of the notebooks, or one notebook
+        fresh:bool=False # compare what their cells say with the saved outputs?
+       ) -> list[str]: # the first error, or all that is stale, else nothing
     "Run the fast cells of every notebook in `nbs`, each in an empty folder, and stop at the first error."
     import time
-    paths = sorted(Path(nbs).glob('*.ipynb'))
+    paths, stale = [Path(nbs)] if Path(nbs).suffix == '.ipynb' else sorted(Path(nbs).glob('*.ipynb')), []
     if not paths: return [f'no notebooks in {nbs}']
     for p in paths:
         start = time.perf_counter()
-        if problems := run_nb(p): return problems
+        problems = run_nb(p, fresh=fresh)
+        if problems and not problems[0].endswith('run it again'): return stale + problems
+        stale += problems
         print(f'{p.name}: {time.perf_counter()-start:.1f} s', flush=True)
-    return []
+    return stale
 
 # %% ../nbs/99_dev.ipynb #8373a844
 def relink(text:str, # Markdown, or the configuration
@@ -243,38 +298,142 @@ def rename_pages(proc:Path # the folder of the processed notebooks
     return names
 
 # %% ../nbs/99_dev.ipynb #c96f184d
-def katex_dist(version:str # such as '0.16.11'
-              ) -> Path: # the folder of that version's files
-    "KaTeX from npm, kept in `~/.cache/peftbook`. Raises `OSError` when npm is missing or can't deliver."
-    home = Path('~/.cache/peftbook').expanduser()
-    dist = home/f'katex-{version}'
+def npm_dist(package:str, # such as 'katex' or '@fontsource/lato'
+             version:str # such as '0.16.11'
+            ) -> Path: # the folder of that version's files
+    "A package from npm, kept in `~/.cache/peftbook`. Raises `OSError` when npm is missing or can't deliver."
+    home = Path('~/.cache/peftbook/npm').expanduser()
+    dist = home/f"{package.strip('@').replace('/', '-')}-{version}"
     if dist.exists(): return dist
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home) as tmp:
-        try: subprocess.run(['npm', 'pack', f'katex@{version}'], cwd=tmp, check=True, capture_output=True, text=True)
-        except subprocess.CalledProcessError as e: raise OSError(f'npm pack katex@{version}: {e.stderr.strip()}') from None
+        try: subprocess.run(['npm', 'pack', f'{package}@{version}'], cwd=tmp, check=True, capture_output=True, text=True)
+        except subprocess.CalledProcessError as e: raise OSError(f'npm pack {package}@{version}: {e.stderr.strip()}') from None
         with tarfile.open(next(Path(tmp).glob('*.tgz'))) as tar: tar.extractall(tmp, filter='data')
-        try: os.rename(Path(tmp)/'package'/'dist', dist)
+        try: os.rename(Path(tmp)/'package', dist)
         except OSError:  # another process was sooner
             if not dist.exists(): raise
     return dist
 
 # %% ../nbs/99_dev.ipynb #a6176ebd
-def local_katex(docs:Path, # the folder of the site
-                dist=katex_dist # a function: version -> the folder of KaTeX's files
-               ) -> str: # the version, or '' when no page has math
-    "Copy KaTeX into the site and let every page take it from there."
+_set = """const katex = require(process.argv[1]), all = JSON.parse(require('fs').readFileSync(0))
+console.log(JSON.stringify(all.map(([text, display]) => { try { return katex.renderToString(text, {displayMode: display}) } catch (e) { return {error: e.message} } })))"""
+
+def set_math(formulas:list, # of (TeX, whether it stands on a line of its own)
+             katex:Path # the folder of KaTeX's files
+            ) -> list[str]: # HTML, with MathML for screen readers
+    "Let KaTeX set formulas, in node. Raises `ValueError` for one that it can't read."
+    res = subprocess.run(['node', '-e', _set, str(katex/'dist'/'katex.min.js')], input=json.dumps(formulas), check=True, capture_output=True, text=True)
+    out = json.loads(res.stdout)
+    if bad := [f"{f}: {o['error']}" for (f, _), o in zip(formulas, out) if isinstance(o, dict)]: raise ValueError('; '.join(bad))
+    return out
+
+# %% ../nbs/99_dev.ipynb #fdf29388
+_math = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
+
+def local_math(docs:Path, # the folder of the site
+               dist=npm_dist, # a function: package, version -> the folder of its files
+               put=set_math # a function: formulas, folder -> their HTML
+              ) -> int: # how many formulas there are
+    "Set the formulas of all pages, so that these need no script for them, and copy KaTeX's style and fonts into the site."
     cdn = re.compile(r'https://cdn\.jsdelivr\.net/npm/katex@([\d.]+)/dist')
     pages = {p: t for p in docs.rglob('*.html') if cdn.search(t := p.read_text(encoding='utf-8'))}
-    if not pages: return ''
-    version, lib = cdn.search(next(iter(pages.values())))[1], docs/'site_libs'/'katex'
-    for name in ('katex.min.css', 'katex.min.js', 'contrib/auto-render.min.js', 'fonts'):
-        src, dst = dist(version)/name, lib/name
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        if src.is_dir(): shutil.copytree(src, dst, dirs_exist_ok=True, ignore=shutil.ignore_patterns('*.ttf', '*.woff'))
-        else: shutil.copy(src, dst)
-    for p, t in pages.items(): p.write_text(cdn.sub('../'*(len(p.relative_to(docs).parts)-1) + 'site_libs/katex', t), encoding='utf-8')
-    return version
+    if not pages: return 0
+    katex, lib = dist('katex', cdn.search(next(iter(pages.values())))[1]), docs/'site_libs'/'katex'
+    formulas = list(dict.fromkeys((html.unescape(m[2]), m[1] == 'display') for t in pages.values() for m in _math.finditer(t)))
+    done = dict(zip(formulas, put(formulas, katex)))
+    shutil.copytree(katex/'dist'/'fonts', lib/'fonts', dirs_exist_ok=True, ignore=shutil.ignore_patterns('*.ttf', '*.woff'))
+    shutil.copy(katex/'dist'/'katex.min.css', lib)
+    reached = dict(inline='', display=' tabindex="0"') # a wide formula scrolls, by the keyboard too
+    for p, t in pages.items():
+        t = re.sub(r'<script[^>]*src="[^"]*katex[^"]*"[^>]*></script>', '', cdn.sub('../'*(len(p.relative_to(docs).parts)-1) + 'site_libs/katex', t))
+        p.write_text(_math.sub(lambda m: f'<span class="math {m[1]}"{reached[m[1]]}>{done[html.unescape(m[2]), m[1] == "display"]}</span>', t), encoding='utf-8')
+    return len(formulas)
+
+# %% ../nbs/99_dev.ipynb #71122d6c
+_font = '@fontsource-variable/source-sans-3', '5.3.1' # one for both themes; all weights in a file
+
+def local_font(docs:Path, # the folder of the site
+               dist=npm_dist # a function: package, version -> the folder of its files
+              ):
+    "Copy the font of the text into the site; the themes take it from there, and none from elsewhere."
+    themes = {p: t for p in (docs/'site_libs'/'themes').glob('*.css') if '@import url(http' in (t := p.read_text(encoding='utf-8'))}
+    if not themes: return
+    (docs/'site_libs'/'fonts').mkdir(parents=True, exist_ok=True)
+    faces = ''
+    for style in ('normal', 'italic'):
+        name = f'source-sans-3-latin-wght-{style}.woff2'
+        shutil.copy(dist(*_font)/'files'/name, docs/'site_libs'/'fonts')
+        faces += f'@font-face{{font-family:"Source Sans 3";font-style:{style};font-weight:200 900;font-display:swap;src:url(../fonts/{name}) format("woff2")}}'
+    shutil.copy(dist(*_font)/'LICENSE', docs/'site_libs'/'fonts')
+    for p, t in themes.items(): p.write_text(re.sub(r'@import url\(http[^)]*\);', lambda m: faces, t), encoding='utf-8')
+
+# %% ../nbs/99_dev.ipynb #c5e235fc
+def few_icons(docs:Path # the folder of the site
+             ):
+    "Leave in the style of the icons those that the pages show: 2,000 of them weigh more than a chapter."
+    texts = [p.read_text(encoding='utf-8') for ext in ('html', 'js') for p in docs.rglob(f'*.{ext}')]
+    used = {o for t in texts for o in re.findall(r'\bbi-([\w-]+)', t)}
+    for p in docs.rglob('bootstrap-icons*.css'):
+        p.write_text(re.sub(r'\.bi-([\w-]+)::before\{[^}]*\}', lambda m: m[0] if m[1] in used else '', p.read_text(encoding='utf-8')), encoding='utf-8')
+
+# %% ../nbs/99_dev.ipynb #86cb0982
+def figure_words(code:str # a cell that draws
+                ) -> list[str]: # titles, names of axes, labels
+    "The texts that a cell's code writes on its figure, as far as they stand there."
+    try: calls = [o for o in ast.walk(ast.parse(code)) if isinstance(o, ast.Call)]
+    except SyntaxError: return []  # IPython's magics
+    said = [k.value for o in calls for k in o.keywords if k.arg in ('title', 'xlabel', 'ylabel', 'label')]
+    said += [a for o in calls if getattr(o.func, 'attr', '') in ('set_title', 'set_xlabel', 'set_ylabel', 'suptitle') for a in o.args[:1]]
+    return list(dict.fromkeys(o.value for o in said if isinstance(o, ast.Constant) and isinstance(o.value, str)))
+
+# %% ../nbs/99_dev.ipynb #a06d827c
+def described(nb:dict # a notebook
+             ) -> dict: # the same, where every saved picture has words
+    "Give each cell that shows a picture its `#| fig-alt`, if it has none."
+    heading, cells = '', []
+    for c in nb['cells']:
+        if c['cell_type'] == 'markdown': heading = (re.findall(r'(?m)^#+ +(.*?)\s*$', re.sub(r'(?ms)^```.*?^```', '', source(c))) or [heading])[-1]
+        if c['cell_type'] == 'code' and 'fig-alt' not in directives(c) and any('image/' in k for o in c['outputs'] for k in o.get('data', {})):
+            alt = f"Figure in the section {heading!r}" + ''.join(f'; {o}' for o in figure_words(source(c)))
+            c = c | dict(source=f'#| fig-alt: {json.dumps(alt, ensure_ascii=False)}\n{source(c)}')
+        cells.append(c)
+    return nb | dict(cells=cells)
+
+# %% ../nbs/99_dev.ipynb #5bb34ba3
+def place_picture(tag:str, # `<img ...>`
+                  docs:Path # the folder of the site
+                 ) -> str: # the tag with its size, its picture in a file
+    "Take a PNG out of the page, and say how large a picture is."
+    src = re.search(r'\bsrc="([^"]*)"', tag)[1]
+    if data := re.match('data:image/png;base64,(.*)', src, re.S):
+        from PIL import Image
+        png = base64.b64decode(data[1])
+        img, name = Image.open(io.BytesIO(png)), f'pictures/{hashlib.sha256(png).hexdigest()[:12]}.webp'
+        (docs/'pictures').mkdir(exist_ok=True)
+        img.save(docs/name, lossless=True, method=4)
+        tag, size = tag.replace(src, name), img.size
+    elif src.endswith('.svg'): size = re.search(r'<svg[^>]* width="(\d+)"[^>]* height="(\d+)"', (docs/src).read_text(encoding='utf-8')).groups()
+    else: return tag
+    return tag if ' width=' in tag else tag.replace('<img', '<img width="{}" height="{}"'.format(*size), 1)
+
+# %% ../nbs/99_dev.ipynb #f9b6d4fc
+_alike = re.compile(r'<span class="(\w\w)">([^<]*)</span>((?:<span class="\1">[^<]*</span>)+)') # neighbours in the colours of code
+
+def mend(text:str, # of a page
+         docs:Path, # the folder of the site
+         cfg:dict # what `settings.ini` says
+        ) -> str: # the page
+    "The small things that a page lacks."
+    text = text.replace(f'href="{cfg["doc_host"]}{cfg["doc_baseurl"]}/', 'href="')
+    text = re.sub(r'<a href="\w+\.html#_\w+">(.*?)</a>', r'\1', text)
+    text = _alike.sub(lambda m: f'<span class="{m[1]}">{m[2]}{re.sub("<[^>]*>", "", m[3])}</span>', text)
+    text = re.sub(r'(<i class="bi[^"]*") role="img"', r'\1 aria-hidden="true"', text)
+    text = re.sub(r'<pre(?=[ >])|<div class="(?:sd-table|cell-output cell-output-display)"', r'\g<0> tabindex="0"', text)
+    text = re.sub(r'<svg alt="', '<svg role="img" aria-label="', text)
+    if m := re.search(r'<a href="([^"]*)" class="toc-action"><i [^>]*></i> View source', text):
+        text = text.replace('<nav class="page-navigation">', f'<p class="d-lg-none"><a href="{m[1]}">View source</a></p><nav class="page-navigation">')
+    return re.sub(r'<img\b[^>]*>', lambda m: place_picture(m[0], docs), text)
 
 # %% ../nbs/99_dev.ipynb #8fc2e99a
 def offline_config(text:str, # the text of `_quarto.yml`
@@ -297,6 +456,7 @@ def process(root:Path # the repository
     if not list((root/'_proc').glob('*.ipynb')):
         raise RuntimeError(f"nbdev left _proc empty: does a folder's name in {root} begin with a dot?")
     names = rename_pages(root/'_proc')
+    for p in (root/'_proc').glob('*.ipynb'): p.write_text(nb_text(described(read_nb(p))), encoding='utf-8')
     (root/'_proc'/'_quarto.yml').write_text(offline_config((root/'_quarto.yml').read_text(encoding='utf-8'), names), encoding='utf-8')
     return names
 
@@ -305,14 +465,19 @@ def finish(docs:Path, # the folder of the rendered site
            names:dict, # file name of a chapter -> the name that its page has
            cfg:dict # what `settings.ini` says
           ) -> list[str]: # problems
-    "Give the pages their links to the notebooks and their KaTeX, and look for missing ones."
+    "Give the pages their links to the notebooks, their math, font and pictures, put `llms.txt` in the order of the book, and look for missing pages."
     blob = f"{cfg['git_url']}/(blob|edit)/{cfg['branch']}/{cfg['nbs_path']}/"
     old = {new: o for o, new in names.items()}
     for p in docs.rglob('*.html'):
         text = p.read_text(encoding='utf-8')
-        p.write_text(re.sub(rf'({blob})([\w-]+\.ipynb)', lambda m: m[1] + old.get(m[3], m[3]), text), encoding='utf-8')
-    try: local_katex(docs)
-    except OSError as e: print(f'the math will need the network: {e}', file=sys.stderr)
+        p.write_text(mend(re.sub(rf'({blob})([\w-]+\.ipynb)', lambda m: m[1] + old.get(m[3], m[3]), text), docs, cfg), encoding='utf-8')
+    few_icons(docs)
+    if (llms := docs/'llms.txt').exists():
+        order = [f'/{Path(new).stem}.llms.md' for new in ('index', *names.values())]
+        lines = llms.read_text(encoding='utf-8').splitlines()
+        llms.write_text('\n'.join(sorted(lines, key=lambda o: next((i for i, p in enumerate(order) if p in o), -1))) + '\n', encoding='utf-8')
+    try: local_math(docs); local_font(docs)
+    except OSError as e: print(f'math and fonts will need the network: {e}', file=sys.stderr)
     pages = {o: docs/Path(new).with_suffix('.html') for o, new in names.items()}
     return [f'{o} has no page {p.name}' for o, p in pages.items() if not p.exists()]
 
@@ -332,6 +497,149 @@ def site(root:Path # the repository
     print(f"{len(list(out.rglob('*.html')))} pages in {out}")
     return problems
 
+# %% ../nbs/99_dev.ipynb #81de3807
+@contextmanager
+def served(docs:Path # the folder of the site
+          ):
+    "The address of a server for the site, while the block runs."
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=str(docs)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f'http://127.0.0.1:{server.server_port}/'
+    finally: server.shutdown(); server.server_close()
+
+# %% ../nbs/99_dev.ipynb #2cd8fb80
+_states = [(w, s) for w in (1280, 390) for s in ('light', 'dark')] # a desk and a phone
+_lacks = r"""() => {
+  const res = [], say = (what, e) => res.push(`${what}: ${(e.outerHTML || e.data).slice(0, 90)}`), root = document.documentElement
+  document.querySelectorAll('.katex-error').forEach(e => say('formula not typeset', e))
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
+  for (let n; n = walk.nextNode();) if (!n.parentElement.closest('pre, code, script, style, .katex') && /\\[([]|\\begin\{|\$[^\s$][^$]*\$/.test(n.data)) say('formula not typeset', n)
+  for (const i of document.images) {
+    if (!i.naturalWidth) say('picture not there', i)
+    if (!i.getAttribute('width') || !i.getAttribute('height')) say('picture without its size', i)
+    if (!(i.alt || '').trim()) say('picture without words', i)
+  }
+  document.querySelectorAll('.cell-output svg:not([aria-label]):not(svg svg)').forEach(e => say('picture without words', e))
+  if (root.scrollWidth > root.clientWidth) {
+    res.push(`scrolls sideways, ${root.scrollWidth} of ${root.clientWidth}`)
+    const wide = [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > root.clientWidth + 1)
+    wide.slice(0, 2).forEach(e => say('too wide', e))
+  }
+  return res
+}"""
+_axe = """async () => (await axe.run({resultTypes: ['violations']})).violations.filter(v => ['serious', 'critical'].includes(v.impact)).map(
+  v => `axe, ${v.id}, ${v.nodes.length} times: ${v.nodes[0].html.slice(0, 120)} ${(v.nodes[0].any[0] || v.nodes[0].all[0] || v.nodes[0].none[0] || {message: ''}).message.slice(0, 120)}`)"""
+
+# %% ../nbs/99_dev.ipynb #ab25b092
+def visit(context, # Playwright's, of a browser that reaches nothing but the site
+          url:str, # of the site
+          name:str, # of the page's file
+          docs:Path, # the folder of the site
+          axe:str='' # the text of axe's script, if that is to look too
+         ) -> dict: # problems, the page's bytes with all it loads, its links and its anchors
+    "Open one page and write down what a reader would miss."
+    page, problems, loaded = context.new_page(), [], set()
+    def asked(r):
+        if r.url.startswith(url): loaded.add(r.url.removeprefix(url).partition('?')[0])
+        elif not r.url.startswith('data:'): problems.append(f'asks elsewhere: {r.url}')
+    page.on('request', asked)
+    page.on('console', lambda m: problems.append(f'console: {m.text}') if m.type == 'error' else None)
+    page.on('pageerror', lambda e: problems.append(f'script: {e}'))
+    page.on('requestfailed', lambda r: problems.append(f'not loaded: {r.url}') if r.url.startswith(url) else None)
+    page.goto(url + name, wait_until='load')
+    page.evaluate('() => document.fonts.ready.then(() => new Promise(requestAnimationFrame))')
+    problems += page.evaluate(_lacks)
+    files = [docs/o for o in loaded]
+    res = dict(problems=problems, weight=sum(f.stat().st_size for f in files if f.is_file()),
+               links=page.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)"), ids=page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)"))
+    if axe: page.evaluate(axe); problems += page.evaluate(_axe)
+    page.close()
+    return res
+
+# %% ../nbs/99_dev.ipynb #97b1bc66
+def dead_links(pages:dict, # file name of a page -> what `visit` found on it
+               url:str, # of the site
+               docs:Path, # the folder of the site
+               root:Path, # the repository
+               cfg:dict # what `settings.ini` says
+              ) -> list[str]: # problems
+    "The links and anchors that lead nowhere: within the site, to files of the repository, and to notebooks in Colab."
+    home = re.sub('^https://github.com', '(?:https://github.com|https://colab.research.google.com/github)', cfg['git_url'])
+    res = []
+    for name, page in pages.items():
+        for link in dict.fromkeys(page['links']):
+            target, _, anchor = link.partition('#')
+            if m := re.match(rf"{home}/(?:blob|tree|edit)/{cfg['branch']}/([^?]*)", target): ok = (root/m[1]).exists()
+            elif link.startswith(url):
+                to = target.removeprefix(url) or 'index.html'
+                ok = to in pages and (not anchor or anchor in pages[to]['ids']) or to not in pages and (docs/to).is_file()
+            else: ok = True
+            if not ok: res.append(f'{name}: leads nowhere: {link.removeprefix(url)}')
+    return res
+
+# %% ../nbs/99_dev.ipynb #b43f9972
+def search_leads(context, # Playwright's
+                 url:str, # of the site
+                 word:str, # typed into the field
+                 to:str # the page that it must lead to
+                ) -> list[str]: # problems
+    "Type a word into the search as a reader does, and follow the result."
+    page = context.new_page()
+    page.goto(url, wait_until='load')
+    try:
+        if not page.is_visible('input[type=search]'): page.click('.navbar-toggler')
+        page.fill('input[type=search]', word, timeout=5000)
+        page.click(f'a.search-result[href*="{to}"]', timeout=5000)
+        page.wait_for_url(re.compile(re.escape(to)), timeout=5000)
+        return [] if word in page.inner_text('h1') else [f'search for {word}: {to} has another title']
+    except Exception as e: return [f'search for {word} in a window of {page.viewport_size["width"]}: {e}'.splitlines()[0]]
+    finally: page.close()
+
+# %% ../nbs/99_dev.ipynb #ead780e5
+_axe_core = 'axe-core', '4.14.1'
+_most = 1_500_000 # bytes of a page with all that it loads
+
+def look_at(docs:Path, # the folder of the site
+            names:list, # of the pages' files
+            url:str, # where it is served
+            axe:str, # the text of axe's script
+            states=_states # (width of the window, 'light' or 'dark')
+           ) -> dict: # file name -> what `visit` found, with the problems of all states
+    "Open pages in a headless Chromium. Needs `playwright`, and Chromium on the path."
+    from playwright.sync_api import sync_playwright
+    exe = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if not exe: raise FileNotFoundError('no chromium on the path: apt-get install chromium')
+    with sync_playwright() as p:
+        browser, res = p.chromium.launch(executable_path=exe, args=['--no-sandbox', '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1']), {}
+        contexts = {(w, s): browser.new_context(viewport=dict(width=w, height=900), color_scheme=s) for w, s in states}
+        for name in names:
+            seen = {f'{w} {s}': visit(c, url, name, docs, axe if (w == 1280) == (s == 'light') else '') for (w, s), c in contexts.items()}
+            every = {}
+            for state, v in seen.items():
+                for o in v['problems']: every.setdefault(o, []).append(state)
+            weight = max(v['weight'] for v in seen.values())
+            if weight > _most: every[f'weighs {weight/1e6:.2f} MB, more than {_most/1e6} MB'] = []
+            res[name] = v | dict(weight=weight, problems=[f"{name}: {o}{' at ' + ', '.join(s) if 0 < len(s) < len(states) else ''}" for o, s in every.items()])
+        if 'index.html' in names: res['index.html']['problems'] += [o for (w, s), c in contexts.items() if s == 'light' for o in search_leads(c, url, 'LoRA', 'lora.html')]
+        browser.close()
+    return res
+
+# %% ../nbs/99_dev.ipynb #d8dc9188
+def look(root:Path # the repository
+        ) -> list[str]: # problems
+    "Look at every page of the built site in a headless Chromium."
+    cfg, docs = settings(root), root/settings(root)['doc_path']
+    names = sorted(p.name for p in docs.glob('*.html'))
+    if not names: return [f'no pages in {docs}: build the site first']
+    axe = (npm_dist(*_axe_core)/'axe.min.js').read_text(encoding='utf-8')
+    with served(docs) as url, ThreadPoolExecutor(2) as pool:
+        pages = {k: v for part in pool.map(lambda part: look_at(docs, part, url, axe), (names[::2], names[1::2])) for k, v in part.items()}
+        problems = [o for n in names for o in pages[n]['problems']] + dead_links(pages, url, docs, root, cfg)
+    print(f"{len(names)} pages looked at, the heaviest has {max(p['weight'] for p in pages.values())/1e6:.2f} MB")
+    return problems
+
 # %% ../nbs/99_dev.ipynb #aa7dbe85
 def main(argv=None # the words of the command line; None takes the process's own
         ) -> int: # 0, or 1 when there are problems
@@ -339,10 +647,11 @@ def main(argv=None # the words of the command line; None takes the process's own
     cli = argparse.ArgumentParser(prog='python -m peftbook._dev', description='The tools that keep the book true to its notebooks.')
     sub = cli.add_subparsers(dest='command', required=True)
     for f in (readme, badges): sub.add_parser(f.__name__, help=f.__doc__).add_argument('--check', action='store_true', help='change nothing; fail if something would change')
-    for f in (stale, site): sub.add_parser(f.__name__, help=f.__doc__)
-    sub.add_parser('run', help=run.__doc__).add_argument('nbs', nargs='?', default='nbs', type=Path, help='the folder of the notebooks (default: nbs)')
+    for f in (stale, site, look): sub.add_parser(f.__name__, help=f.__doc__)
+    for name, words in dict(run=run.__doc__, fresh='Run them and compare what their cells say with the saved outputs.').items():
+        sub.add_parser(name, help=words).add_argument('nbs', nargs='?', default='nbs', type=Path, help='the folder of the notebooks, or one of them (default: nbs)')
     args = cli.parse_args(argv)
-    if args.command == 'run': problems = run(args.nbs)
+    if args.command in ('run', 'fresh'): problems = run(args.nbs, args.command == 'fresh')
     elif args.command in ('readme', 'badges'): problems = globals()[args.command](find_root(), args.check)
     else: problems = globals()[args.command](find_root())
     for o in problems: print(o, file=sys.stderr)

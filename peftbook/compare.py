@@ -20,6 +20,7 @@ from .core import *
 from .data import *
 from .scenarios import *
 from .training import *
+from .costs import *
 from .evaluation import *
 from .full import *
 from .soft_prompting import *
@@ -521,23 +522,6 @@ def limits_of(results:list, # of dicts, with those of the base
     if len({o['seed'] for o in s}) == 1: out.append('There is one seed: how much of a difference is luck of the start and the order of rows is not known.')
     return out + [f'{_title(m)}, {c}: {why}' for (m, c), why in _reasons.items() if m in cells and cells[m][c]['verdict'] in ('disagrees', 'partly')]
 
-# %% ../nbs/51_compare.ipynb #b3a4a93d
-_ink = '#010203' # stands for the page's own colour until the figure is text
-_hues = dict(zip(('base', *lecture), ('#888888', '#e4572e', '#9a6fd0', '#2a9fd6', '#3aa76d', '#d98e04', '#d6569b', '#8c6d46')))
-def _hue(m): return _hues.get(m, '#5b8c2a')
-
-def _svg(draw, width, height):
-    "The figure that `draw(fig)` makes, as the text of an <svg>."
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    keys = ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'axes.titlecolor', 'xtick.color', 'ytick.color')
-    with rc_context({k: _ink for k in keys} | {'svg.fonttype': 'none', 'svg.hashsalt': 'peftbook', 'font.size': 9, 'axes.facecolor': 'none'}):
-        fig, out = Figure(figsize=(width, height), layout='constrained'), io.StringIO()
-        draw(fig)
-        fig.savefig(out, format='svg', transparent=True, metadata=dict.fromkeys(('Creator', 'Date', 'Format', 'Type')))
-    text = out.getvalue()
-    return text[text.index('<svg'):].replace(_ink, 'currentColor')
-
 # %% ../nbs/51_compare.ipynb #62d2f6e8
 def _points(fig, table, x, xlabel, linear):
     "A panel for each task: what was learned against a figure `x(line)`, which may be zero."
@@ -547,7 +531,7 @@ def _points(fig, table, x, xlabel, linear):
         for (t, m), s in table.items():
             if t != task: continue
             mid, low, high = s[key]
-            ax.errorbar(x(s), mid, [[max(mid - low, 0)], [max(high - mid, 0)]], fmt='o', color=_hue(m), capsize=2, label=_title(m))
+            ax.errorbar(x(s), mid, [[max(mid - low, 0)], [max(high - mid, 0)]], ls='', capsize=2, label=_title(m), **look_of(m))
         ax.set(title=task, xlabel=xlabel, ylabel=key)
         ax.set_xscale('symlog', linthresh=linear, linscale=.4)
         ax.set_xlim(left=-.2*linear)
@@ -558,7 +542,7 @@ def _points(fig, table, x, xlabel, linear):
 def _bars(fig, table):
     "Bytes at the peak by method, the mean over the tasks."
     ax, names = fig.subplots(), [m for m in dict.fromkeys(m for _, m in table) if _mean_of(table, m, 'peak') is not None]
-    ax.barh([_title(m) for m in names], [_mean_of(table, m, 'peak')/1e6 for m in names], color=[_hue(m) for m in names])
+    ax.barh([_title(m) for m in names], [_mean_of(table, m, 'peak')/1e6 for m in names], color=[look_of(m)['color'] for m in names])
     ax.invert_yaxis()
     ax.set(xlabel='MB at the peak of training (for what does not train: of reading)')
 
@@ -569,10 +553,10 @@ def draw_figures(table:dict # from `summaries`
     wide = 2.6 + 3*len({t for t, _ in table})
     return {
         'learning_forgetting': ('Learning against forgetting: up is better, left has forgotten less (KL per token from the base, on text of its own; QLoRA from its quantized base).',
-            _svg(lambda fig: _points(fig, table, lambda s: s['kl'][0], 'KL from the base', .01), wide, 3.2)),
+            svg_figure(lambda fig: _points(fig, table, lambda s: s['kl'][0], 'KL from the base', .01), wide, 3.2)),
         'score_numbers': ('What was learned, against the numbers that train.',
-            _svg(lambda fig: _points(fig, table, lambda s: s['trained'], 'numbers trained', 1000), wide, 3.2)),
-        'memory': ('Peak memory by method, weights of the base included.', _svg(lambda fig: _bars(fig, table), 6.4, 2.8))}
+            svg_figure(lambda fig: _points(fig, table, lambda s: s['trained'], 'numbers trained', 1000), wide, 3.2)),
+        'memory': ('Peak memory by method, weights of the base included.', svg_figure(lambda fig: _bars(fig, table), 6.4, 2.8))}
 
 # %% ../nbs/51_compare.ipynb #a0d051c7
 def answers_table(

@@ -98,7 +98,7 @@ def peak(self:Tape,
     share:dict={}, # part -> by how many devices it is shared
     first:int=0, # bytes beside all that is on tape when the forward pass begins
     gathered:int=0, # and from then on until the backward pass ends
-) -> tuple: # (part -> bytes at the peak, phase -> its own peak)
+) -> tuple: # (part -> bytes at the peak, phase -> the same for its own peak)
     "Add up what was alive, event by event."
     size = torch.tensor([b/share.get(p, 1) for b, p in zip(self.sizes, self.parts)], dtype=torch.float64)
     e = torch.tensor(self.events)
@@ -108,11 +108,16 @@ def peak(self:Tape,
     for n, a, b in spans: extra[a:b] = gathered*(n != 'step')
     extra[next(a for n, a, _ in spans if n == 'forward')] += max(0, first - gathered)
     held += extra
-    at = int(held.argmax())
-    alive = torch.zeros(len(size)).index_add_(0, e[:at+1].abs(), e[:at+1].sign().float())
-    parts = dict(gathered=extra[at].item()) if extra[at] else {}
-    for i in alive.nonzero().flatten().tolist(): parts[self.parts[i]] = parts.get(self.parts[i], 0) + size[i].item()
-    return {k: round(v) for k, v in parts.items()}, {n: round(max(held[a:b].max().item() for m, a, b in spans if m == n)) for n, _, _ in spans}
+    def alive(at):
+        count = torch.zeros(len(size)).index_add_(0, e[:at+1].abs(), e[:at+1].sign().float())
+        parts = dict(gathered=extra[at].item()) if extra[at] else {}
+        for i in count.nonzero().flatten().tolist(): parts[self.parts[i]] = parts.get(self.parts[i], 0) + size[i].item()
+        return {k: round(v) for k, v in parts.items()}
+    each = {}
+    for n, a, b in spans:
+        at = a + int(held[a:b].argmax())
+        if n not in each or held[at] > held[each[n]]: each[n] = at
+    return alive(max(each.values(), key=lambda at: held[at])), {n: alive(at) for n, at in each.items()}
 
 # %% ../nbs/50_planner.ipynb #f6feeb37
 @contextmanager
@@ -305,6 +310,7 @@ def _record(model, tuner, batch, seq, supervised, device):
     tape.mark('tuner', [t for t in every if id(t) in own])
     tape.mark('scales', [b for m in model.modules() if isinstance(m, QuantLinear) for b in m._buffers.values()])
     tape.mark('weights', every)
+    next((m.quantized.full_scales() for m in model.modules() if isinstance(m, QuantLinear)), None) # makes tables, once in a process
     with torch.random.fork_rng(devices=[]), _as_on(device), tape:
         if trains:
             with _training(model): _train_step(tape, model, tuner, rows, device)
@@ -322,11 +328,13 @@ class Plan:
     tuner:Tuner # the method
     setting:str # rows and more, in words
     parts:dict # name -> bytes
-    phases:dict # forward, backward, step -> the peak of each
+    each:dict # forward, backward, step -> the parts at the peak of that phase
     numbers:int # of the base
     trained:int # of these or beside them, how many train
     @property
     def total(self): "All parts together: the peak."; return sum(self.parts.values())
+    @property
+    def phases(self): "forward, backward, step -> the peak of each."; return {k: sum(v.values()) for k, v in self.each.items()}
     @property
     def cards(self): "The GPUs of `gpus` whose memory takes it."; return [n for n, gb in gpus.items() if self.total <= gb*1e9]
 
@@ -387,10 +395,10 @@ def plan(
     except (RuntimeError, NotImplementedError, TypeError) as e: # an operation that has no shape without data
         raise ValueError(f'{name} cannot take a step without data ({" ".join(str(e).split())[:160]}): plan for another model of its kind and size') from None
     share = {k: devices for k in ('weights', 'scales', 'tuner', 'gradients', 'moments', 'optimizer')}
-    parts, phases = tape.peak(share, *((0, 0) if devices == 1 else _gathered(empty, {id(p) for p in tuner.params.values()})))
+    parts, each = tape.peak(share, *((0, 0) if devices == 1 else _gathered(empty, {id(p) for p in tuner.params.values()})))
     bits = (_how(tuner, bits) or {}).get('bits')
     words = [f'{batch} x {seq} tokens', f'{bits} bits' if bits else str(dtype)[6:]] + ['checkpointing']*checkpointing + [device if devices == 1 else f'each of {devices} {device} devices']
-    return Plan(name, tuner, ', '.join(words), {k: parts[k] for k in _order if k in parts}, phases, numbers, sum(p.numel() for p in tuner.params.values()))
+    return Plan(name, tuner, ', '.join(words), {k: parts[k] for k in _order if k in parts}, each, numbers, sum(p.numel() for p in tuner.params.values()))
 
 # %% ../nbs/50_planner.ipynb #cd88398f
 def _tuner_of(method):
@@ -419,6 +427,7 @@ def bars(
         width = {n: p.parts.get(part, 0)/1e9 for n, p in plans.items()}
         ax.barh(list(plans), list(width.values()), left=list(left.values()), label=part, color=f'C{_order.index(part)}' if part != 'optimizer' else 'k')
         left = {n: left[n] + width[n] for n in plans}
+    for tick, p in zip(ax.set_yticks(range(len(plans)), list(plans)), plans.values()): tick.label1.set_color(look_of(p.tuner.name)['color'])
     for n, x in left.items(): ax.text(x, n, f' {x:.2f}', va='center', fontsize=8)
     ax.invert_yaxis()
     ax.set(xlabel='GB at the peak', xlim=(0, 1.12*max(left.values())))

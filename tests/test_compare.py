@@ -286,7 +286,7 @@ def test_report_opens_offline_on_light_and_dark(whole, tmp_path):
     html = write_report(whole[0], [task()], out, 'peftbook compare --task "a & b"').read_text(encoding='utf-8')
     page = Page(); page.feed(html)
     assert page.open == [] and page.fetched == [] and not re.search(r'url\((?!#)|@import|https?://(?!www\.w3\.org)', html)
-    assert 'color-scheme:light dark' in html and 'prefers-color-scheme:dark' in html and html.count('<svg') == 3 and C._ink not in html and 'currentColor' in html
+    assert 'color-scheme:light dark' in html and 'prefers-color-scheme:dark' in html and html.count('<svg') == 3 and "#010203" not in html and 'currentColor' in html
     text = ' '.join(page.text)
     for m in lecture: assert lecture[m][0] in text
     assert 'peftbook compare --task "a & b"' in text and "The lecture's table" in text and text.index('The figures') < text.index("The lecture's table")

@@ -4,9 +4,10 @@ import base64, re
 import pytest, torch
 
 from peftbook.core import fingerprint
-from peftbook.explorers import Explorer, explore_bits, explore_rank, playground
+from peftbook.explorers import Explorer, _quick_plan, explore_bits, explore_memory, explore_rank, playground
 from peftbook.lora import LoRA
 from peftbook.models import generate, tiny_model
+from peftbook.planner import gpus, plan
 from peftbook.quantization import quantize_tensor
 
 def png(e):
@@ -42,6 +43,33 @@ def test_bits_leave_the_model_alone():
     e = explore_bits(torch.randn(64), model, tok, 'why')
     assert 'It says: ' in e.words
     assert all(torch.equal(p, was[n]) for n, p in model.named_parameters())
+
+def test_memory_follows_every_control():
+    e, seen = explore_memory(), set()
+    for change in (dict(model='smollm2-135m'), dict(method='adapters'), dict(batch=4), dict(seq=128), dict(bits=4), dict(checkpointing=True)):
+        for k, v in change.items(): e.controls[k].value = v
+        v = e.values()
+        p = plan(v.pop('model'), v.pop('method'), **v) # of all layers
+        assert f'{p!r}; {p.trained:,} of {p.numbers:,} numbers train; fits on {", ".join(p.cards)}' == e.words
+        picture, alt = png(e)
+        assert picture.startswith(b'\x89PNG') and alt == e.words
+        seen.add(picture)
+    assert len(seen) == 6
+
+def test_memory_says_what_fits_nowhere_and_what_cannot_be():
+    e = explore_memory()
+    e.controls['model'].value = 'llama-3.1-405b'
+    assert e.words.endswith('fits on none of ' + ', '.join(gpus)) and png(e)
+    e.controls['method'].value = 'full'
+    e.controls['bits'].value = 4
+    assert 'cannot train' in e.words and e.out.value.startswith('<p>')
+    e.controls['bits'].value = None
+    assert 'fits on none of' in e.words
+
+def test_few_layers_say_what_all_take_where_the_peak_moves_to_another_phase():
+    how = dict(batch=1, seq=64) # two layers need most in the backward pass, thirty in the optimizer's step
+    assert max(_quick_plan('smollm2-135m', 'full', **how).phases, key=_quick_plan('smollm2-135m', 'full', **how).phases.get) == 'step'
+    for method in ('full', 'prefix_tuning', 'soft_prompting'): assert _quick_plan('smollm2-135m', method, **how).parts == plan('smollm2-135m', method, **how).parts
 
 def test_playground_answers_with_the_adapter_chosen(tmp_path):
     model, tok = tiny_model('llama')

@@ -184,3 +184,16 @@ def test_the_command_says_what_the_function_does(capsys):
 def test_the_command_refuses_in_one_line(capsys):
     code, out, err = sh(capsys, 'plan', 'lora', '--model', 'llama-9b')
     assert code == 2 and len(err.strip().splitlines()) == 1 and 'llama-7b' in err
+
+def test_the_first_plan_of_a_process_is_like_the_next():
+    "Tables that quantization keeps for good are made before the tape runs."
+    code = "from peftbook.planner import plan; print(*(plan('tiny:llama', 'qlora', seq=32).total for _ in range(2)))"
+    first, second = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.split()
+    assert first == second
+
+def test_each_phase_has_parts_of_its_own():
+    p = plan('tiny:llama', 'full', 2, 64, dtype=torch.float32)
+    assert set(p.each) == {'step', 'forward', 'backward'} and p.phases == {k: sum(v.values()) for k, v in p.each.items()}
+    top = max(p.phases, key=p.phases.get)
+    assert p.parts == p.each[top] and p.total == p.phases[top]
+    assert 'optimizer' in p.each['step'] and 'optimizer' not in p.each['forward']
