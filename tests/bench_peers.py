@@ -171,7 +171,10 @@ def quantizing(dtype, steps):
     pairs = dict(quantize=(lambda: _quantize_torch(w.view(-1), 4, 'nf4', 64), lambda: F.quantize_4bit(w, blocksize=64, quant_type='nf4')),
                  dequantize=(q.dequantize, lambda: F.dequantize_4bit(codes, state)))
     for what, pair in pairs.items():
-        rows = [[seconds(f) for f in pair] for _ in range(steps + 1)][1:] # the first turn warms up
+        rows = []
+        for n in range(steps + 1): # who comes first finds the memory that the other has just given back: they take turns at that too
+            at = {i: seconds(pair[i]) for i in ((0, 1) if n % 2 else (1, 0))}
+            if n: rows.append((at[0], at[1])) # the first turn warms up
         ours, peer = [median(r[i] for r in rows) for i in (0, 1)]
         yield dict(method=what, dtype=dtype, steps=steps, ours=ours, peer=peer, faster=median(r[1]/r[0] for r in rows), ours_weights=w.numel()/ours, peer_weights=w.numel()/peer)
 
