@@ -395,7 +395,9 @@ def described(nb:dict # a notebook
     for c in nb['cells']:
         if c['cell_type'] == 'markdown': heading = (re.findall(r'(?m)^#+ +(.*?)\s*$', re.sub(r'(?ms)^```.*?^```', '', source(c))) or [heading])[-1]
         if c['cell_type'] == 'code' and 'fig-alt' not in directives(c) and any('image/' in k for o in c['outputs'] for k in o.get('data', {})):
-            alt = f"Figure in the section {heading!r}" + ''.join(f'; {o}' for o in figure_words(source(c)))
+            svg = ''.join(''.join(o.get('data', {}).get('image/svg+xml', '')) for o in c['outputs'])
+            own = re.search('<title>(.*?)</title>', svg)  # a picture that says what it is
+            alt = html.unescape(own[1]) if own else f"Figure in the section {heading!r}" + ''.join(f'; {o}' for o in figure_words(source(c)))
             c = c | dict(source=f'#| fig-alt: {json.dumps(alt, ensure_ascii=False)}\n{source(c)}')
         cells.append(c)
     return nb | dict(cells=cells)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tiny_archs', 'DEFAULT_MODEL', 'tiny_model', 'unmark', 'render', 'end_ids', 'load_model', 'tokenizer_of', 'cache_name',
-           'longest', 'eval_mode', 'generate']
+           'longest', 'eval_mode', 'attend_with', 'generate']
 
 # %% ../nbs/00_models.ipynb #04b112d6
 import contextlib, errno, hashlib, http.client, inspect, json, os, re, shutil, urllib.error, urllib.parse, urllib.request
@@ -353,6 +353,15 @@ def longest(
     n = getattr(model.config, 'max_position_embeddings', None)
     return n and n - getattr(getattr(model, 'tuner', None), 'n_tokens', 0)
 
+# %% ../nbs/00_models.ipynb #00a10002
+def _one_token(module, query, key, value, attention_mask, dropout=0., scaling=None, **kwargs):
+    "Attention as transformers calls it; for one new token a row on the CPU, heads that share keys and values read them without a copy for each."
+    if query.shape[2] == 1 and query.device.type == 'cpu' and key.shape[1] < query.shape[1] and kwargs.get('position_bias') is None:
+        y = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True)
+        return y.transpose(1, 2).contiguous(), None
+    from transformers import AttentionInterface
+    return AttentionInterface()['sdpa'](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
 # %% ../nbs/00_models.ipynb #f392d1ea
 @contextlib.contextmanager
 def eval_mode(
@@ -365,6 +374,23 @@ def eval_mode(
     finally:
         for m, mode in modes: m.training = mode
 
+# %% ../nbs/00_models.ipynb #00a10004
+@contextlib.contextmanager
+def attend_with(
+    model, # of transformers; one that does not use SDPA is left as it is
+    fn, # attention as transformers calls it
+):
+    "Within it the model's layers attend with `fn`."
+    cfg, name = model.config, f"peftbook_{fn.__name__.strip('_')}"
+    if cfg._attn_implementation != 'sdpa': yield; return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    AttentionInterface.register(name, fn)
+    AttentionMaskInterface.register(name, AttentionMaskInterface()['sdpa'])
+    cfg._attn_implementation = name
+    try: yield
+    finally: cfg._attn_implementation = 'sdpa'
+
+# %% ../nbs/00_models.ipynb #00a10005
 @contextlib.contextmanager
 def _greedy(model, tok, max_new_tokens, pad):
     "Greedy decoding for a while, with none of the settings that the model came with."
@@ -372,7 +398,8 @@ def _greedy(model, tok, max_new_tokens, pad):
     was = model.generation_config
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, use_cache=True,
                                                eos_token_id=end_ids(tok) or None, pad_token_id=pad)
-    try: yield
+    try:
+        with attend_with(model, _one_token): yield
     finally: model.generation_config = was
 
 # %% ../nbs/00_models.ipynb #f2c5ce84

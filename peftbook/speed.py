@@ -6,10 +6,9 @@
 __all__ = ['supervised_loss', 'attention', 'fast_attention']
 
 # %% ../nbs/04_speed.ipynb #70fb2c80
-from contextlib import contextmanager
-
 import torch, torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from .models import *
 
 # %% ../nbs/04_speed.ipynb #91409fca
 _inputs = 'input_ids', 'attention_mask', 'position_ids'     # what a model reads of a batch; the labels stay here
@@ -74,16 +73,8 @@ def attention(module, query, key, value, attention_mask, dropout=0., scaling=Non
     return AttentionInterface()['sdpa'](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 # %% ../nbs/04_speed.ipynb #04a7e008
-@contextmanager
 def fast_attention(
     model, # a model of transformers; one that does not use SDPA is left as it is
 ):
     "Within it the model's layers use `attention`. Around the backward pass too: checkpointing computes layers again there."
-    cfg = model.config
-    if cfg._attn_implementation != 'sdpa': yield; return
-    from transformers import AttentionInterface, AttentionMaskInterface
-    AttentionInterface.register('peftbook', attention)
-    AttentionMaskInterface.register('peftbook', AttentionMaskInterface()['sdpa'])
-    cfg._attn_implementation = 'peftbook'
-    try: yield
-    finally: cfg._attn_implementation = 'sdpa'
+    return attend_with(model, attention)

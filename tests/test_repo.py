@@ -71,7 +71,7 @@ def test_readme_begins_with_the_two_commands():
     first, second, *_ = re.findall(r'(?ms)^```sh\n(.*?)^```', (root/'README.md').read_text(encoding='utf-8'))
     assert first.startswith('pip install -e . && peftbook tune lora --task airline')
     assert first.rstrip().endswith('--out airline') and '/airline/' in (root/'.gitignore').read_text()
-    assert 'nbdev_test' in second and second.rstrip().endswith('pytest -q tests')
+    assert 'nbdev_test' in second and second.rstrip().endswith('pytest -q -n 2 --dist worksteal tests')
 
 # ---- names
 
