@@ -9,7 +9,7 @@ __all__ = ['lecture', 'sizes', 'full_seeds', 'verdict', 'Size', 'make_tuner', 'p
            'answers_table', 'write_report', 'full_run', 'missing_runs']
 
 # %% ../nbs/51_compare.ipynb #6194bbb3
-import hashlib, html, inspect, io, itertools, json, math, os, platform, re, statistics, time
+import hashlib, html, inspect, io, json, math, platform, re, statistics, time
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -90,16 +90,7 @@ def make_tuner(
 # %% ../nbs/51_compare.ipynb #5af7b929
 def _peak(fn, device):
     "What torch's allocator held at most while `fn` ran, above what it held before. None where it can't be asked."
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
-        start = torch.cuda.memory_allocated(device)
-        fn()
-        return torch.cuda.max_memory_allocated(device) - start
-    if device.type != 'cpu': return fn()
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99') # it writes to the terminal otherwise
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: fn()
-    events = sorted((e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns())
-    return max(itertools.accumulate((e.nbytes() for e in events), initial=0))
+    return peak_bytes(fn, device.type) if device.type in ('cpu', 'cuda') else fn()
 
 # %% ../nbs/51_compare.ipynb #96d96f66
 def peak_memory(
