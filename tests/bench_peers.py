@@ -1,55 +1,73 @@
 """The same work, ours and the peer's, in one run: step times, peak memory and their ratio.
 
-    python tests/bench_peers.py [--method lora | qlora | prompt | prompt100 | prefix | all] [--dtype bf16 | fp32] [--steps 7] [--json]
+    python tests/bench_peers.py [--method lora | qlora | prompt | prompt100 | prefix | full] [--dtype bf16 | fp32] [--steps 7] [--json]
     python tests/bench_peers.py --method quantize     (our NF4 and bitsandbytes', both precisions, one matrix of 4096 x 4096)
+    python tests/bench_peers.py --method first_token  (16 requests behind a shared instruction: its keys and values kept, or its words sent with each)
+    python tests/bench_peers.py --method whole        (LoRA on the airline task from its rows to its last step: `fit`, or PEFT in transformers' Trainer)
+    python tests/bench_peers.py --method growth       (LoRA's step as rows grow longer, more, and the rank higher; three steps a point)
+    python tests/bench_peers.py                       (all but the growth)
 
 Each side runs in a process of its own; the two take their steps in turn, so that the machine's drift meets both. Before any time
-is printed, losses and adapter gradients of the two must agree. SmolLM2, batch 8 x 128, the last 32 tokens of a row supervised."""
+is printed, losses and gradients of the two must agree. SmolLM2, batch 8 x 128, the last 32 tokens of a row supervised."""
 import argparse, json, resource, subprocess, sys, tempfile, time
 from pathlib import Path
 from statistics import median
 
-B, T, SUPERVISED = 8, 128, 32
+usual = dict(rows=8, length=128, r=4) # what a step is made of, where nothing else is said
+SUPERVISED = 32
 
-def batch(vocab):
+def batch(vocab, rows, length):
     import torch
     g = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, vocab - 10, (B, T), generator=g)
+    ids = torch.randint(10, vocab - 10, (rows, length), generator=g)
     labels = ids.clone()
     labels[:, :-SUPERVISED] = -100
     return dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
 
-# --- the sides: a function of the model that makes it ready and returns (params by our names, function that gives the mean loss,
-# --- how a tensor of this side is seen in our shape)
+# --- the sides: a function of the model and of what a step is made of, that makes it ready and returns (params by our names, optimizer,
+# --- function that gives the mean loss, how a tensor of this side is seen in our shape)
+
+def adam(params):
+    import torch
+    return torch.optim.AdamW(params.values(), lr=1e-3, weight_decay=0.)
 
 def ours(make):
     "Our side of a method."
-    def ready(model):
+    def ready(model, rows, length, r):
         from peftbook.speed import fast_attention, supervised_loss
-        tuner, data = make().attach(model), batch(model.config.vocab_size)
+        tuner, data = make(r).attach(model), batch(model.config.vocab_size, rows, length)
         fast_attention(model).__enter__() # as `fit` does, for the life of this process
         def loss():
             total, n = supervised_loss(model, data)
             return total/n
-        return tuner.params, loss, lambda t: t
+        return tuner.params, tuner.optimizer(list(tuner.params.values()), 1e-3), loss, lambda t: t
     return ready
 
 def peer(make, name, view=lambda model, t: t, prepare=lambda model: model):
     "PEFT's side: its configuration, our name for its tensor, our shape of it, and what is done to the base first."
-    def ready(model):
+    def ready(model, rows, length, r):
         import peft
-        m, data = peft.get_peft_model(prepare(model), make(peft)), batch(model.config.vocab_size)
+        m, data = peft.get_peft_model(prepare(model), make(peft, r)), batch(model.config.vocab_size, rows, length)
         params = {name(n): p for n, p in m.named_parameters() if p.requires_grad}
-        return params, lambda: m(**data, use_cache=False).loss, lambda t: view(model, t)
+        return params, adam(params), lambda: m(**data, use_cache=False).loss, lambda t: view(model, t)
     return ready
 
-def lora():
-    from peftbook.lora import LoRA
-    return LoRA(r=4, alpha=8, targets='qv')
+def plain(model, rows, length, r):
+    "transformers and AdamW, with every weight trained."
+    data, params = batch(model.config.vocab_size, rows, length), dict(model.named_parameters())
+    return params, adam(params), lambda: model(**data, use_cache=False).loss, lambda t: t
 
-def qlora():
+def lora(r):
+    from peftbook.lora import LoRA
+    return LoRA(r=r, alpha=2*r, targets='qv')
+
+def qlora(r):
     from peftbook.qlora import QLoRA
     return QLoRA(r=16, alpha=32)
+
+def full(r):
+    from peftbook.full import Full
+    return Full()
 
 def bnb_layers(model, block_size=64):
     "The same model with bitsandbytes' 4-bit layers, NF4 and double quantization, as PEFT wants to find them."
@@ -76,14 +94,15 @@ def layers_first(model, t):
     return t.view(len(t), c.num_hidden_layers, 2, c.num_key_value_heads, -1).permute(1, 2, 3, 0, 4)
 
 def lora_name(n): return n.removeprefix('base_model.model.').replace('.lora_A.default.weight', '.lora.A').replace('.lora_B.default.weight', '.lora.B')
-def prompt_peer(n): return peer(lambda peft: peft.PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=n), lambda name: 'prompt')
+def prompt_peer(n): return peer(lambda peft, r: peft.PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=n), lambda name: 'prompt')
 
 sides = dict(
-    lora=(ours(lora), peer(lambda peft: peft.LoraConfig(r=4, lora_alpha=8, target_modules=['q_proj', 'v_proj'], lora_dropout=0.), lora_name)),
-    qlora=(ours(qlora), peer(lambda peft: peft.LoraConfig(r=16, lora_alpha=32, target_modules='all-linear', lora_dropout=0.), lora_name, prepare=bnb_layers)),
-    prompt=(ours(lambda: prompt(20)), prompt_peer(20)),
-    prompt100=(ours(lambda: prompt(100)), prompt_peer(100)),
-    prefix=(ours(lambda: prefix(20)), peer(lambda peft: peft.PrefixTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=20), lambda name: 'prefix', layers_first)))
+    lora=(ours(lora), peer(lambda peft, r: peft.LoraConfig(r=r, lora_alpha=2*r, target_modules=['q_proj', 'v_proj'], lora_dropout=0.), lora_name)),
+    qlora=(ours(qlora), peer(lambda peft, r: peft.LoraConfig(r=16, lora_alpha=32, target_modules='all-linear', lora_dropout=0.), lora_name, prepare=bnb_layers)),
+    prompt=(ours(lambda r: prompt(20)), prompt_peer(20)),
+    prompt100=(ours(lambda r: prompt(100)), prompt_peer(100)),
+    prefix=(ours(lambda r: prefix(20)), peer(lambda peft, r: peft.PrefixTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=20), lambda name: 'prefix', layers_first)),
+    full=(ours(full), plain))
 
 def copy(params, view, start):
     "The same start on both sides, off zero so that every gradient is there."
@@ -99,15 +118,14 @@ def copy(params, view, start):
 
 # --- one side, as a process that takes a step whenever it reads a line
 
-def side(method, which, dtype, folder):
+def side(method, which, dtype, folder, work):
     import torch
     from safetensors.torch import save_file
     from peftbook.models import load_model
     model = load_model(dtype=dict(bf16=torch.bfloat16, fp32=torch.float32)[dtype])[0].train()
     own = peak()
-    params, loss_fn, view = sides[method][which](model)
-    copy(params, view, folder/'start.safetensors')
-    opt = torch.optim.AdamW(params.values(), lr=1e-3, weight_decay=0.)
+    params, opt, loss_fn, view = sides[method][which](model, **work)
+    if method != 'full': copy(params, view, folder/'start.safetensors')
     say = lambda **kw: print('>' + json.dumps(kw), flush=True)
     say(ready=True)
     for n, _ in enumerate(sys.stdin):
@@ -132,12 +150,12 @@ def step(p):
     p.stdin.write('step\n'); p.stdin.flush()
     return ask(p)
 
-def compare(method, dtype, steps):
+def compare(method, dtype, steps, **work):
     "Run both sides in turn; the result as a dict. Exits if they do not compute the same."
     with tempfile.TemporaryDirectory() as d:
         procs = []
         for which in (0, 1):
-            procs.append(subprocess.Popen([sys.executable, __file__, '--side', method, str(which), dtype, d], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            procs.append(subprocess.Popen([sys.executable, __file__, '--side', method, str(which), dtype, d, json.dumps(usual | work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
             ask(procs[-1])
         first = [step(p) for p in procs]
         gap, cos = agree(Path(d), first, dtype)
@@ -146,14 +164,18 @@ def compare(method, dtype, steps):
         for p in procs: p.stdin.close(); p.wait()
     ours, peer = [median(r[i]['seconds'] for r in rows) for i in (0, 1)]
     mb = [rows[-1][i]['mb'] for i in (0, 1)]
-    return dict(method=method, dtype=dtype, steps=steps, ours=ours, peer=peer, faster=median(r[1]['seconds']/r[0]['seconds'] for r in rows),
-                ours_tokens=B*T/ours, peer_tokens=B*T/peer, ours_mb=mb[0], peer_mb=mb[1], loss_gap=gap, gradient_cosine=cos)
+    work = usual | work
+    n = work['rows']*work['length']
+    return work | dict(method=method, dtype=dtype, steps=steps, ours=ours, peer=peer, faster=median(r[1]['seconds']/r[0]['seconds'] for r in rows),
+                ours_tokens=n/ours, peer_tokens=n/peer, ours_mb=mb[0], peer_mb=mb[1], loss_gap=gap, gradient_cosine=cos)
 
 def agree(folder, first, dtype):
     "The gap of the losses and the cosine of the gradients; exits unless both agree within the precision."
     import torch
     from safetensors.torch import load_file
-    a, b = (torch.cat([t.flatten().double() for _, t in sorted(load_file(folder/f'grads{i}.safetensors').items())]) for i in (0, 1))
+    have = [load_file(folder/f'grads{i}.safetensors') for i in (0, 1)]
+    assert have[0].keys() == have[1].keys(), sorted(have[0].keys() ^ have[1].keys())[:4]
+    a, b = (torch.cat([t.flatten().double() for _, t in sorted(h.items())]) for h in have)
     gap, cos = abs(first[0]['loss'] - first[1]['loss']), torch.cosine_similarity(a, b, 0).item()
     if gap > dict(bf16=.05, fp32=1e-4)[dtype] or cos < dict(bf16=.99, fp32=.99999)[dtype]: sys.exit(f'the sides differ: losses {first[0]["loss"]}, {first[1]["loss"]}, cosine of the gradients {cos}')
     return gap, cos
@@ -183,24 +205,122 @@ def seconds(f):
     f()
     return time.perf_counter() - t
 
+# --- requests behind an instruction that all of them share
+
+def first_token(dtype, steps):
+    "The first token of 16 requests of at most 40 tokens behind 300 shared ones: their keys and values kept, or the words sent with each; in turn."
+    import torch
+    from peftbook.models import generate, load_model, render
+    from peftbook.scenarios import scenarios
+    from peftbook.soft_prompting import SoftPrompting
+    model, tok = load_model(dtype=dict(bf16=torch.bfloat16, fp32=torch.float32)[dtype])
+    task = scenarios['airline']()
+    def count(text): return len(tok(text, add_special_tokens=False)['input_ids'])
+    words = task.instruction
+    while count(words + ' ' + task.instruction) < 300: words += ' ' + task.instruction
+    asked = [r['prompt'] for r in task.test if count(r['prompt']) <= 40][:16]
+    tuner = SoftPrompting(words, n_shots=0).attach(model)
+    texts = [render(tok, q, tuner, reply=True) for q in asked]
+    tok.padding_side = 'left'
+    def sent():
+        rows = tok(texts, add_special_tokens=False, padding=True, return_tensors='pt')
+        with torch.no_grad(): return model.generate(**rows, max_new_tokens=1, do_sample=False)[:, -1]
+    def ours(): return generate(model, tok, asked, max_new_tokens=1)
+    with tuner.disabled(): theirs = [tok.decode(t, skip_special_tokens=True).strip() for t in sent()]
+    same = sum(a == b for a, b in zip(ours(), theirs))
+    if same < (16 if dtype == 'fp32' else 14): sys.exit(f'only {same} of 16 first tokens are the same') # in bf16 a close choice may turn
+    rows = []
+    for _ in range(steps):
+        own = seconds(ours)
+        with tuner.disabled(): rows.append((own, seconds(sent)))
+    ours_s, peer_s = [median(r[i] for r in rows) for i in (0, 1)]
+    return dict(method='first_token', dtype=dtype, steps=steps, shared=count(texts[0]) - count(asked[0]), ours=ours_s, peer=peer_s, faster=median(b/a for a, b in rows), same=same)
+
+# --- a whole run, from the rows to the last step
+
+def whole_side(which, dtype, steps):
+    "LoRA on the airline task: `fit`, or PEFT in transformers' Trainer with the same rows, order, rate and schedule."
+    import torch
+    from peftbook.data import Batches, collate, encode_rows
+    from peftbook.lora import LoRA
+    from peftbook.models import load_model
+    from peftbook.scenarios import scenarios
+    from peftbook.training import fit
+    model, tok = load_model(dtype=dict(bf16=torch.bfloat16, fp32=torch.float32)[dtype])
+    task = scenarios['airline']()
+    torch.manual_seed(0)
+    t = time.perf_counter()
+    if which == 0: losses = [r['loss'] for r in fit(LoRA().attach(model), tok, task, steps=steps).rows]
+    else:
+        import peft, transformers
+        enc = encode_rows(tok, task.train)[0]
+        order = Batches([len(e['input_ids']) for e in enc], LoRA.batch_size, 0)
+        rows = [collate([enc[i] for i in order[n]], tok.pad_token_id) for n in range(steps)] # a row of this dataset is a batch
+        class InOrder(transformers.Trainer):
+            def _get_train_sampler(self, *args): return torch.utils.data.SequentialSampler(self.train_dataset)
+        with tempfile.TemporaryDirectory() as d:
+            args = transformers.TrainingArguments(d, per_device_train_batch_size=1, max_steps=steps, learning_rate=LoRA.lr, lr_scheduler_type='cosine', warmup_steps=round(.1*steps), weight_decay=0.,
+                                                  max_grad_norm=1., logging_steps=1, report_to='none', save_strategy='no', disable_tqdm=True, use_cpu=True)
+            m = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=['q_proj', 'v_proj'], lora_dropout=0.))
+            trainer = InOrder(m, args, train_dataset=rows, data_collator=lambda rows: rows[0])
+            trainer.train()
+        losses = [o['loss'] for o in trainer.state.log_history if 'loss' in o]
+    print('>' + json.dumps(dict(seconds=time.perf_counter() - t, loss=sum(losses[-20:])/20)), flush=True)
+
+def whole(dtype, steps=120):
+    "Both whole runs, one after the other. Exits if they end at different losses."
+    res = []
+    for which in (0, 1):
+        p = subprocess.Popen([sys.executable, __file__, '--whole', str(which), dtype, str(steps)], stdout=subprocess.PIPE, text=True)
+        res.append(ask(p))
+        p.wait()
+    gap = abs(res[0]['loss'] - res[1]['loss'])
+    if gap > .2*res[1]['loss']: sys.exit(f"the runs end at different losses: {res[0]['loss']}, {res[1]['loss']}")
+    return dict(method='whole', dtype=dtype, steps=steps, ours=res[0]['seconds'], peer=res[1]['seconds'], faster=res[1]['seconds']/res[0]['seconds'], ours_loss=res[0]['loss'], peer_loss=res[1]['loss'])
+
+# --- how cost grows
+
+lines = dict(length=(64, 128, 256, 512, 1024), rows=(1, 2, 4, 8, 16, 32), r=(1, 4, 16, 64, 256))
+
+def too_much(rows, length, r, vocab=49_152):
+    "Would the peer's logits, in the base's precision and in fp32, their log-softmax and its gradient, pass 16 GB?"
+    return rows*length*vocab*(2 + 3*4) > 16e9
+
+def growth(dtype):
+    "LoRA's step along three lines through 8 x 128, three steps a point."
+    for line, points in lines.items():
+        for n in points:
+            if not too_much(**usual | {line: n}): yield compare('lora', dtype, 3, **{line: n}) | dict(line=line)
+
+def said(r):
+    "A result in a line of words."
+    m = r['method']
+    if m in ('quantize', 'dequantize'): return f"{m} {r['dtype']}: ours {r['ours_weights']/1e6:,.0f} million weights/s, bitsandbytes {r['peer_weights']/1e6:,.0f}: {r['faster']:.2f} times as fast"
+    if m == 'first_token': return f"first token of 16 requests behind {r['shared']} shared tokens, {r['dtype']}: kept {r['ours']:.2f} s, sent with each {r['peer']:.2f} s: {r['faster']:.2f} times as fast; {r['same']} of 16 tokens the same"
+    if m == 'whole': return f"a whole run of {r['steps']} steps, {r['dtype']}: fit {r['ours']:.0f} s, PEFT in Trainer {r['peer']:.0f} s: {r['faster']:.2f} times as fast; last losses {r['ours_loss']:.3f} and {r['peer_loss']:.3f}"
+    return (f"{m} {r['dtype']} {r['rows']} x {r['length']}, r = {r['r']}: ours {r['ours']:.2f} s a step ({r['ours_tokens']:,.0f} tokens/s, {r['ours_mb']:,.0f} MB above the model), "
+            f"peer {r['peer']:.2f} s ({r['peer_tokens']:,.0f}, {r['peer_mb']:,.0f} MB): {r['faster']:.2f} times as fast; "
+            f"losses within {r['loss_gap']:.1g}, cosine of the gradients {r['gradient_cosine']:.6f}")
+
+def results(method, dtype, steps):
+    "The results of a method, or of all but the growth, as they come."
+    if method in ('all', 'quantize'):
+        for t in ('fp32', 'bf16'): yield from quantizing(t, steps)
+    for m in sides if method == 'all' else [method] if method in sides else (): yield compare(m, dtype, steps)
+    if method in ('all', 'first_token'): yield first_token(dtype, steps)
+    if method in ('all', 'whole'): yield whole(dtype)
+    if method == 'growth': yield from growth(dtype)
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--method', default='all', choices=['all', *sides, 'quantize'])
+    p.add_argument('--method', default='all', choices=['all', *sides, 'quantize', 'first_token', 'whole', 'growth'])
     p.add_argument('--dtype', default='bf16', choices=['bf16', 'fp32'])
     p.add_argument('--steps', type=int, default=7)
     p.add_argument('--json', action='store_true')
     args = p.parse_args()
-    for dtype in ('fp32', 'bf16') if args.method in ('all', 'quantize') else ():
-        for r in quantizing(dtype, args.steps):
-            if args.json: print(json.dumps(r))
-            else: print(f"{r['method']} {dtype}: ours {r['ours_weights']/1e6:,.0f} million weights/s, bitsandbytes {r['peer_weights']/1e6:,.0f}: {r['faster']:.2f} times as fast")
-    for m in sides if args.method == 'all' else [args.method] if args.method in sides else ():
-        r = compare(m, args.dtype, args.steps)
-        if args.json: print(json.dumps(r))
-        else: print(f"{m} {args.dtype}: ours {r['ours']:.2f} s a step ({r['ours_tokens']:,.0f} tokens/s, {r['ours_mb']:,.0f} MB above the model), "
-                    f"PEFT {r['peer']:.2f} s ({r['peer_tokens']:,.0f}, {r['peer_mb']:,.0f} MB): {r['faster']:.2f} times as fast; "
-                    f"losses within {r['loss_gap']:.1g}, cosine of the gradients {r['gradient_cosine']:.6f}")
+    for r in results(args.method, args.dtype, args.steps): print(json.dumps(r) if args.json else said(r), flush=True)
 
 if __name__ == '__main__':
-    if '--side' in sys.argv: side(sys.argv[2], int(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
+    if '--side' in sys.argv: side(sys.argv[2], int(sys.argv[3]), sys.argv[4], Path(sys.argv[5]), json.loads(sys.argv[6]))
+    elif '--whole' in sys.argv: whole_side(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
     else: main()

@@ -108,7 +108,7 @@ def test_merging_into_few_bits_costs_more_than_into_many():
     assert moved['dense']['max_logits'] < 1e-4 < moved['quantized']['max_logits']
 
 build = """
-import json, sys, torch
+import json, math, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from peftbook.models import tiny_model
@@ -117,7 +117,8 @@ h, ff, n, v = 2048, 5632, 28, 32000
 tiny_model('llama')[1].save_pretrained(d)
 (d/'config.json').write_text(json.dumps(dict(architectures=['LlamaForCausalLM'], model_type='llama', hidden_size=h, intermediate_size=ff, num_hidden_layers=n,
     num_attention_heads=16, num_key_value_heads=16, vocab_size=v, max_position_embeddings=2048, tie_word_embeddings=True, dtype='bfloat16')))
-def w(*s): return (torch.randn(s)*.02).bfloat16()
+noise = (torch.randn(v*h)*.02).bfloat16() # the layers' weights are pieces of it, each from another place
+def w(*s): return noise.roll(int(torch.randint(len(noise), ())))[:math.prod(s)].view(s).clone()
 where, total = {}, 0
 def shard(name, tensors):
     global total
@@ -153,7 +154,7 @@ hwm = next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(
 print('>' + json.dumps(dict(losses=losses, mb=hwm/1024, trained=tuner.cost()['trained'], base=tuner.cost()['base'])))
 """
 
-def run(code, *args): return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, check=True, env=os.environ | dict(OMP_NUM_THREADS='2')).stdout
+def run(code, *args): return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, check=True, env=dict(OMP_NUM_THREADS='2') | os.environ).stdout
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='the peak is read from Linux')
 def test_a_model_of_1_5_billion_trains_below_its_dense_weights(tmp_path):
