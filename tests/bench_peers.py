@@ -166,6 +166,7 @@ def compare(method, dtype, steps, **work):
     mb = [rows[-1][i]['mb'] for i in (0, 1)]
     work = usual | work
     n = work['rows']*work['length']
+    if method != 'lora': del work['r'] # the others have what their side says
     return work | dict(method=method, dtype=dtype, steps=steps, ours=ours, peer=peer, faster=median(r[1]['seconds']/r[0]['seconds'] for r in rows),
                 ours_tokens=n/ours, peer_tokens=n/peer, ours_mb=mb[0], peer_mb=mb[1], loss_gap=gap, gradient_cosine=cos)
 
@@ -298,7 +299,8 @@ def said(r):
     if m in ('quantize', 'dequantize'): return f"{m} {r['dtype']}: ours {r['ours_weights']/1e6:,.0f} million weights/s, bitsandbytes {r['peer_weights']/1e6:,.0f}: {r['faster']:.2f} times as fast"
     if m == 'first_token': return f"first token of 16 requests behind {r['shared']} shared tokens, {r['dtype']}: kept {r['ours']:.2f} s, sent with each {r['peer']:.2f} s: {r['faster']:.2f} times as fast; {r['same']} of 16 tokens the same"
     if m == 'whole': return f"a whole run of {r['steps']} steps, {r['dtype']}: fit {r['ours']:.0f} s, PEFT in Trainer {r['peer']:.0f} s: {r['faster']:.2f} times as fast; last losses {r['ours_loss']:.3f} and {r['peer_loss']:.3f}"
-    return (f"{m} {r['dtype']} {r['rows']} x {r['length']}, r = {r['r']}: ours {r['ours']:.2f} s a step ({r['ours_tokens']:,.0f} tokens/s, {r['ours_mb']:,.0f} MB above the model), "
+    rank = f", r = {r['r']}" if 'r' in r else ''
+    return (f"{m} {r['dtype']} {r['rows']} x {r['length']}{rank}: ours {r['ours']:.2f} s a step ({r['ours_tokens']:,.0f} tokens/s, {r['ours_mb']:,.0f} MB above the model), "
             f"peer {r['peer']:.2f} s ({r['peer_tokens']:,.0f}, {r['peer_mb']:,.0f} MB): {r['faster']:.2f} times as fast; "
             f"losses within {r['loss_gap']:.1g}, cosine of the gradients {r['gradient_cosine']:.6f}")
 
