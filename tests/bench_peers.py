@@ -10,6 +10,7 @@
 Each side runs in a process of its own; the two take their steps in turn, so that the machine's drift meets both. Before any time
 is printed, losses and gradients of the two must agree. SmolLM2, batch 8 x 128, the last 32 tokens of a row supervised."""
 import argparse, json, resource, subprocess, sys, tempfile, time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -34,9 +35,8 @@ def adam(params):
 def ours(make):
     "Our side of a method."
     def ready(model, rows, length, r):
-        from peftbook.speed import fast_attention, supervised_loss
+        from peftbook.speed import supervised_loss
         tuner, data = make(r).attach(model), batch(model.config.vocab_size, rows, length)
-        fast_attention(model).__enter__() # as `fit` does, for the life of this process
         def loss():
             total, n = supervised_loss(model, data)
             return total/n
@@ -105,12 +105,12 @@ sides = dict(
     full=(ours(full), plain))
 
 def copy(params, view, start):
-    "The same start on both sides, off zero so that every gradient is there."
+    "The same start on both sides: ours, moved off zero so that every gradient is there. (Far from words, SDPA in half precision finds another gradient.)"
     import torch
     from safetensors.torch import load_file, save_file
     if not start.exists():
         g = torch.Generator().manual_seed(0)
-        save_file({n: torch.randn(p.shape, generator=g)*.02 for n, p in params.items()}, start)
+        save_file({n: p.detach().float() + torch.randn(p.shape, generator=g)*.02 for n, p in params.items()}, start)
     have = load_file(start)
     assert have.keys() == params.keys(), sorted(have.keys() ^ params.keys())[:4]
     with torch.no_grad():
@@ -122,20 +122,22 @@ def side(method, which, dtype, folder, work):
     import torch
     from safetensors.torch import save_file
     from peftbook.models import load_model
+    from peftbook.speed import fast_attention
     model = load_model(dtype=dict(bf16=torch.bfloat16, fp32=torch.float32)[dtype])[0].train()
     own = peak()
     params, opt, loss_fn, view = sides[method][which](model, **work)
     if method != 'full': copy(params, view, folder/'start.safetensors')
     say = lambda **kw: print('>' + json.dumps(kw), flush=True)
     say(ready=True)
-    for n, _ in enumerate(sys.stdin):
-        t = time.perf_counter()
-        loss = loss_fn()
-        loss.backward()
-        if n == 0: save_file({k: view(p.grad).contiguous() for k, p in params.items()}, folder/f'grads{which}.safetensors')
-        opt.step()
-        opt.zero_grad()
-        say(seconds=time.perf_counter() - t, loss=loss.item(), mb=peak() - own)
+    with fast_attention(model) if which == 0 else nullcontext(): # ours as `fit` trains it
+        for n, _ in enumerate(sys.stdin):
+            t = time.perf_counter()
+            loss = loss_fn()
+            loss.backward()
+            if n == 0: save_file({k: view(p.grad).contiguous() for k, p in params.items()}, folder/f'grads{which}.safetensors')
+            opt.step()
+            opt.zero_grad()
+            say(seconds=time.perf_counter() - t, loss=loss.item(), mb=peak() - own)
 
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 

@@ -83,7 +83,7 @@ def test_rows_are_the_same_for_all_methods(whole):
 
 def test_peak_memory_orders_what_must_be_ordered():
     "Full fine-tuning holds gradients and two means of every number beside the weights; a LoRA those of its own."
-    model, tok = load_model('tiny:llama')
+    model, tok = load_model('tiny:llama', dtype=torch.float32)
     n = sum(p.numel() for p in model.parameters())
     peak = {m: peak_memory(model, tok, task(), lambda: make_tuner(m, task())) for m in ('base', 'lora', 'full')}
     assert 4*n < peak['base'] < peak['lora'] < peak['full']
@@ -147,8 +147,8 @@ def test_settings_tell_runs_apart(monkeypatch):
     assert key('full') == key('full')
 
 def test_the_base_of_another_dtype_or_seed_is_another_base():
-    a, b = load_model('tiny:llama')[0], load_model('tiny:llama', dtype=torch.bfloat16)[0]
-    c = load_model('tiny:llama:1')[0]
+    a, b = [load_model('tiny:llama', dtype=t)[0] for t in (torch.float32, torch.bfloat16)]
+    c = load_model('tiny:llama:1', dtype=torch.float32)[0]
     assert len({result_path('r', settings_of('lora', task(), 0, small, m)) for m in (a, b, c)}) == 3
 
 def test_task_names_make_plain_file_names():
