@@ -284,13 +284,13 @@ def _patient():
 # %% ../nbs/05_training.ipynb #393a18be
 @contextmanager
 def _training(model):
-    "Within it every module is in training mode, attention is the quicker one, and checkpointing works above frozen embeddings."
+    "Within it every module is in training mode, attention and layers are the quicker ones, and checkpointing works above frozen embeddings."
     modes = [(m, m.training) for m in model.modules()]
     old = [(m, f) for m in model.modules() if isinstance(f := vars(m).get('_gradient_checkpointing_func'), partial)]
     try:
         model.train()
         for m, f in old: m._gradient_checkpointing_func = partial(f, use_reentrant=False)
-        with fast_attention(model): yield
+        with fast_attention(model), fast_layers(model): yield
     finally:
         for m, mode in modes: m.training = mode
         for m, f in old: m._gradient_checkpointing_func = f

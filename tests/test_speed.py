@@ -4,12 +4,14 @@ from contextlib import nullcontext
 import pytest, torch, torch.nn.functional as F
 
 from peftbook import speed
+from peftbook.adapters import Adapters
 from peftbook.core import checkpoint_activations
 from peftbook.data import Task, collate, encode, pack
+from peftbook.full import Full
 from peftbook.lora import LoRA
 from peftbook.models import tiny_archs, tiny_model
 from peftbook.prefix_tuning import PrefixTuning
-from peftbook.speed import fast_attention, supervised_loss
+from peftbook.speed import fast_attention, fast_layers, supervised_loss
 from peftbook.training import fit
 
 rows = [dict(prompt='why', completion='because it is so'), dict(prompt='how much is it, all in all?', completion='two'),
@@ -153,3 +155,60 @@ def test_fit_trains_with_it(monkeypatch):
     calls, (model, tok) = by_products(monkeypatch), tiny_model('llama', dtype=torch.bfloat16)
     fit(LoRA().attach(model), tok, Task('few', rows, [], []), steps=2)
     assert len(calls) == 4 and model.config._attn_implementation == 'sdpa'
+
+# --- the loss in parts
+
+@pytest.mark.parametrize('dtype,eps', [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_loss_in_parts_is_torchs(monkeypatch, dtype, eps):
+    "Parts of three rows, the last one shorter; the gradient is rounded once to the logits' precision."
+    monkeypatch.setattr(speed, '_at_once', 3*50)
+    z, y = (torch.randn(10, 50)*5).to(dtype).requires_grad_(), torch.randint(50, (10,))
+    ours, theirs = speed._CrossEntropy.apply(z, y), F.cross_entropy(z.float(), y, reduction='sum')
+    assert ours.dtype == torch.float32 and ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    a, b = (torch.autograd.grad(l/7, z)[0] for l in (ours, theirs))
+    torch.testing.assert_close(a, b, rtol=eps, atol=1e-7)
+
+def test_loss_of_a_sure_and_wrong_model_is_finite():
+    z = torch.tensor([[200., 0., -200.]], requires_grad=True)
+    loss = speed._CrossEntropy.apply(z, torch.tensor([2]))
+    assert loss.item() == 400
+    torch.testing.assert_close(torch.autograd.grad(loss, z)[0], torch.tensor([[1., 0., -1.]]))
+
+# --- norms and gates in fewer operations
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+@pytest.mark.parametrize('make', [lambda: LoRA(targets='all-linear'), lambda: Adapters(8), lambda: PrefixTuning(3), lambda: Full()], ids=['lora', 'adapters', 'prefix', 'full'])
+def test_layers_in_fewer_operations_give_the_same_gradients(make, checkpointing):
+    model, tok = tiny_model('llama')
+    batch = collate([encode(tok, r) for r in rows], tok.pad_token_id)
+    tuner = make().attach(model)
+    if checkpointing:
+        if isinstance(tuner, PrefixTuning): pytest.skip('a prefix does not survive checkpointing')
+        checkpoint_activations(model)
+    for p in tuner.params.values(): p.data += .05*torch.randn_like(p)
+    a, b = [], []
+    for way, out in ((fast_layers, a), (lambda m: nullcontext(), b)):
+        with way(model): out += grads(supervised_loss(model, batch)[0], list(tuner.params.values()))
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b): torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5*y.abs().max().item())
+
+def test_layers_are_given_back_after_an_error():
+    model, _ = tiny_model('llama')
+    with pytest.raises(RuntimeError), fast_layers(model):
+        assert sum('forward' in vars(m) for m in model.modules()) == 3*len(model.model.layers) + 1
+        raise RuntimeError('stop')
+    assert not any('forward' in vars(m) for m in model.modules())
+
+def test_a_norm_or_block_of_another_kind_is_left_alone():
+    "Gemma's norm multiplies by 1 + w, and its gate is a GELU."
+    import transformers as tf
+    cfg = tf.Gemma2Config(vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    model = tf.Gemma2ForCausalLM(cfg)
+    with fast_layers(model): assert not any('forward' in vars(m) for m in model.modules())
+
+def test_without_gradients_layers_are_transformers_own():
+    model, tok = tiny_model('llama', dtype=torch.bfloat16)
+    ids = torch.randint(5, 99, (2, 9))
+    with torch.no_grad():
+        want = model(ids).logits
+        with fast_layers(model): assert torch.equal(model(ids).logits, want)
