@@ -155,10 +155,8 @@ def stochastic_round(
     generator:torch.Generator=None, # on x's device
 ) -> torch.Tensor: # bf16
     "Round up or down at random, the more probably the nearer: the mean is `x`. A bf16 is the upper half of an fp32's bits."
-    n = x.numel()
-    draws = torch.empty(-(-n//4), dtype=torch.int64, device=x.device).random_(-2**63, None, generator=generator) # each is four of 16 bits
-    noise = draws.view(torch.int16)[:n].view(x.shape) # from -2**15
-    return (x.view(torch.int32) + noise).add_(2**15).bitwise_and_(-2**16).view(torch.float32).bfloat16()
+    noise = torch.randint(2**16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    return (x.view(torch.int32) + noise).bitwise_and_(-2**16).view(torch.float32).bfloat16()
 
 # %% ../nbs/10_full_finetuning.ipynb #44d9c99d
 class RoundingAdam(torch.optim.Optimizer):
@@ -170,8 +168,6 @@ class RoundingAdam(torch.optim.Optimizer):
     ): super().__init__(params, dict(lr=lr))
 
 # %% ../nbs/10_full_finetuning.ipynb #3479bd7b
-def _at_once(device): return 2**18 if device.type == 'cpu' else 2**22 # numbers that stay in a processor's cache, and keep a GPU busy
-
 @patch
 @torch.no_grad()
 def step(self:RoundingAdam):
@@ -182,12 +178,11 @@ def step(self:RoundingAdam):
         s = self.state[p]
         if not s: s.update(step=torch.tensor(0.), **{k: torch.zeros_like(p, dtype=torch.float32) for k in ('exp_avg', 'exp_avg_sq')})
         s['step'] += 1
-        t = s['step'].item()
-        chance = torch.Generator(p.device).manual_seed(random.Random(f'{int(t)} {i}').getrandbits(63))
-        for own, g, m, v in zip(*(o.view(-1).split(_at_once(p.device)) for o in (p, p.grad.contiguous(), s['exp_avg'], s['exp_avg_sq']))):
-            g, w = g.float(), own.float()
-            m.lerp_(g, 1 - b1)
-            v.mul_(b2).addcmul_(g, g, value=1 - b2)
-            root = v.sqrt().div_((1 - b2**t)**.5).add_(1e-8)
-            w.addcdiv_(m, root, value=-group['lr']/(1 - b1**t))
-            if p.dtype == torch.bfloat16: own.copy_(self.round(w, chance))
+        g, w, t = p.grad.float(), p.float(), s['step'].item()
+        s['exp_avg'].lerp_(g, 1 - b1)
+        s['exp_avg_sq'].mul_(b2).addcmul_(g, g, value=1 - b2)
+        root = (s['exp_avg_sq'].sqrt()/(1 - b2**t)**.5).add_(1e-8)
+        w.addcdiv_(s['exp_avg'], root, value=-group['lr']/(1 - b1**t))
+        if p.dtype == torch.bfloat16:
+            chance = torch.Generator(p.device).manual_seed(random.Random(f'{int(t)} {i}').getrandbits(63))
+            p.copy_(self.round(w, chance))

@@ -44,7 +44,7 @@ def check_init(init, text):
 # %% ../nbs/12_prompt_tuning.ipynb #45fce9c5
 class PromptTuning(Tuner):
     "Trainable vectors in front of the input (Lester et al. 2021, arXiv:2104.08691, section 2)."
-    lr, steps, batch_size = 3e-2, 500, 8
+    lr = 3e-2
     starts_as_base = False
     unmergeable = 'its vectors stand in front of the input, where no weight of the base can take their place'
     def __init__(self,

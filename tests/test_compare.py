@@ -321,6 +321,8 @@ def test_missing_runs_are_those_of_the_full_run(monkeypatch):
     def r(**kw): return dict(settings=dict(task='airline', method='lora', seed=0, size=json.loads(json.dumps(vars(sizes['full']))), code=C._code('lora')) | kw)
     assert set(all_of) - set(missing_runs([r()])) == {('airline', 'lora', 0)}
     assert missing_runs([r(size=vars(sizes['quick'])), r(code=dict(lora='old'))]) == all_of
+    monkeypatch.setitem(C.full_steps, 'airline', 76)
+    assert missing_runs([r()]) == all_of
 
 # --- the shell
 
