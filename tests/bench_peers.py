@@ -10,7 +10,7 @@
 Each side runs in a process of its own; the two take their steps in turn, so that the machine's drift meets both. Before any time
 is printed, losses and gradients of the two must agree. SmolLM2, batch 8 x 128, the last 32 tokens of a row supervised."""
 import argparse, json, resource, subprocess, sys, tempfile, time
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -122,16 +122,14 @@ def side(method, which, dtype, folder, work):
     import torch
     from safetensors.torch import save_file
     from peftbook.models import load_model
-    from peftbook.speed import fast_attention, fast_layers
+    from peftbook.training import _training
     model = load_model(dtype=dict(bf16=torch.bfloat16, fp32=torch.float32)[dtype])[0].train()
     own = peak()
     params, opt, loss_fn, view = sides[method][which](model, **work)
     if method != 'full': copy(params, view, folder/'start.safetensors')
     say = lambda **kw: print('>' + json.dumps(kw), flush=True)
     say(ready=True)
-    with ExitStack() as stack:
-        if which == 0: # ours as `fit` trains it
-            for f in (fast_attention, fast_layers): stack.enter_context(f(model))
+    with _training(model) if which == 0 else nullcontext(): # ours as `fit` trains it
         for n, _ in enumerate(sys.stdin):
             t = time.perf_counter()
             loss = loss_fn()
