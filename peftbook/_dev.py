@@ -198,6 +198,7 @@ def fast(nb:dict # a notebook
     return nb | dict(cells=[c | dict(source='') if skip(c) else c for c in nb['cells']])
 
 # %% ../nbs/99_dev.ipynb #da685ffc
+#| code-fold: true
 _varies = re.compile(r'\b(?:seconds?|ms|minutes?|min|CPU|cpu|threads?|MiB|GFLOP\S*)\b|\d ?s\b|/s\b|\d:\d\d|(?<![\w.])/(?:tmp|root|home|work)\b|\b0x[0-9a-f]+|(?<![.\w])(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{8,}\b(?![-.])|\d+\.\d+\.\d+|pypi:|\.{4,}\w')
 _number = re.compile(r'[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?')
 
@@ -512,6 +513,7 @@ def served(docs:Path # the folder of the site
     finally: server.shutdown(); server.server_close()
 
 # %% ../nbs/99_dev.ipynb #2cd8fb80
+#| code-fold: true
 _states = [(w, s) for w in (1280, 390) for s in ('light', 'dark')] # a desk and a phone
 _lacks = r"""() => {
   const res = [], say = (what, e) => res.push(`${what}: ${(e.outerHTML || e.data).slice(0, 90)}`), root = document.documentElement
@@ -535,6 +537,7 @@ _axe = """async () => (await axe.run({resultTypes: ['violations']})).violations.
   v => `axe, ${v.id}, ${v.nodes.length} times: ${v.nodes[0].html.slice(0, 120)} ${(v.nodes[0].any[0] || v.nodes[0].all[0] || v.nodes[0].none[0] || {message: ''}).message.slice(0, 120)}`)"""
 
 # %% ../nbs/99_dev.ipynb #ab25b092
+#| code-fold: true
 def visit(context, # Playwright's, of a browser that reaches nothing but the site
           url:str, # of the site
           name:str, # of the page's file
@@ -600,6 +603,7 @@ def search_leads(context, # Playwright's
     finally: page.close()
 
 # %% ../nbs/99_dev.ipynb #ead780e5
+#| code-fold: true
 _axe_core = 'axe-core', '4.14.1'
 _most = 1_500_000 # bytes of a page with all that it loads
 

@@ -72,6 +72,7 @@ def _tuner(args):
 def _tune(args):
     import torch
     from peftbook.core import write_atomic
+    from peftbook.speed import blocks_to_compile
     from peftbook.training import find_run, fit
     task, out = _task(args), args.out or (args.task or Path(args.data).stem)
     tuner = _tuner(args).for_task(task)
@@ -79,10 +80,11 @@ def _tune(args):
     model, tok = _base(args.model, {} if getattr(tuner, 'init', '') == 'loftq' else tuner.config) # LoftQ looks at the dense weights
     torch.manual_seed(args.seed)
     tuner.attach(model)
+    if tuner.params and args.compile: blocks_to_compile(model)
     with tuner.disabled(): before = _answers('before', model, tok, task)
     c = tuner.cost()
     print(f"\n{args.method}: {c['trained']:,} numbers train, {c['share']:.2%} of {c['base']:,}; the file will hold {c['bytes']/1e6:.2f} MB", flush=True)
-    if tuner.params: fit(tuner, tok, task, steps=args.steps, lr=args.lr, batch_size=args.batch_size, seed=args.seed, out=out, resume=args.resume)
+    if tuner.params: fit(tuner, tok, task, steps=args.steps, lr=args.lr, batch_size=args.batch_size, seed=args.seed, out=out, resume=args.resume, compile=args.compile)
     else: tuner.save(out) # words alone
     after = _answers('after', model, tok, task)
     write_atomic(Path(out)/'scores.json', json.dumps(dict(before=before, after=after), indent=2).encode())
@@ -201,6 +203,7 @@ def _tune_parser(p, methods):
             m.add_argument('--steps', type=_positive, default=cls.steps, metavar='N', help='steps of the optimizer (default: %(default)s)')
             m.add_argument('--batch-size', type=_positive, default=cls.batch_size, metavar='N', help='rows a step (default: %(default)s)')
             m.add_argument('--lr', type=_rate, metavar='X', help=f'learning rate (default: {cls.lr:g})')
+            m.add_argument('--compile', action='store_true', help='compile the blocks first: a minute or so, then quicker steps')
         m.add_argument('--seed', type=int, default=0, metavar='N', help='of the tensors\' start, the order of the rows, dropout (default: %(default)s)')
         _add_options(m.add_argument_group(f'options of {name}'), cls)
         m.set_defaults(run=_tune)

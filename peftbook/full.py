@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from .core import *
 
 # %% ../nbs/10_full_finetuning.ipynb #0e2c27f1
+#| code-fold: true
 def find_params(
     model:nn.Module, # any model
     targets=None, # a name's end such as 'bias', a glob, a pattern that begins with ^, or a list of these; None: all
@@ -35,6 +36,7 @@ def find_params(
     return found
 
 # %% ../nbs/10_full_finetuning.ipynb #68f19763
+#| code-fold: true
 def snapshot(
     tensors:dict, # name -> tensor
 ) -> dict: # name -> tensor on the CPU, memory-mapped
@@ -117,6 +119,7 @@ def optimizer(self:Full, params, lr):
     return RoundingAdam(params, lr) if torch.bfloat16 in types else torch.optim.AdamW(params, lr=lr, weight_decay=0.)
 
 # %% ../nbs/10_full_finetuning.ipynb #24d5e8fb
+#| code-fold: true
 @patch
 def final(self:Full):
     "The weights; or what has changed in them, in bf16, under names that say so."
@@ -152,13 +155,14 @@ def save(self:Full,
 # %% ../nbs/10_full_finetuning.ipynb #75bb1e2d
 def stochastic_round(
     x:torch.Tensor, # fp32
-    generator:torch.Generator=None, # on x's device
+    chance:torch.Tensor, # int32 of the same shape, drawn from 0 to 2**16 - 1
 ) -> torch.Tensor: # bf16
     "Round up or down at random, the more probably the nearer: the mean is `x`. A bf16 is the upper half of an fp32's bits."
-    noise = torch.randint(2**16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
-    return (x.view(torch.int32) + noise).bitwise_and_(-2**16).view(torch.float32).bfloat16()
+    return (x.view(torch.int32) + chance).bitwise_and_(-2**16).view(torch.float32).bfloat16()
 
 # %% ../nbs/10_full_finetuning.ipynb #44d9c99d
+_piece = dict(cpu=2**16) # numbers that go through a step together: on a CPU as many as its cache holds
+
 class RoundingAdam(torch.optim.Optimizer):
     "Adam for weights in bf16: its two means are in fp32, each step is taken in fp32 and rounded at random."
     round = staticmethod(stochastic_round)
@@ -167,22 +171,32 @@ class RoundingAdam(torch.optim.Optimizer):
         lr:float, # learning rate
     ): super().__init__(params, dict(lr=lr))
 
+# %% ../nbs/10_full_finetuning.ipynb #44d9ca01
+def _adam(w, g, m, v, step, lr):
+    "Step number `step` of Adam on w, with the gradient g and the means m and v, all in fp32: torch's own, which reads and writes each number once."
+    from torch.optim.adamw import adamw
+    adamw([w], [g], [m], [v], [], [step - 1], fused=True, amsgrad=False, maximize=False, beta1=.9, beta2=.999, eps=1e-8, weight_decay=0., lr=lr)
+
+def _bits(n, step, device):
+    "n times 16 random bits, the same ones in each run and process."
+    if device.type == 'meta': return torch.empty(n, dtype=torch.int32, device=device)
+    g = torch.Generator(device).manual_seed(random.Random(int(step)).getrandbits(63))
+    return torch.randint(2**16, (n,), generator=g, device=device, dtype=torch.int32)
+
 # %% ../nbs/10_full_finetuning.ipynb #3479bd7b
 @patch
 @torch.no_grad()
 def step(self:RoundingAdam):
-    "One step; chance is a function of the step's number and the tensor's, so that a run can be resumed, and processes agree."
-    group, b1, b2 = self.param_groups[0], .9, .999
-    for i, p in enumerate(group['params']):
+    "One step. Chance is a function of its number, so that a run can be resumed, and processes agree; all pieces share one draw."
+    drawn = {}
+    for p in self.param_groups[0]['params']:
         if p.grad is None: continue
-        s = self.state[p]
+        s, n = self.state[p], _piece.get(p.device.type, 2**22)
         if not s: s.update(step=torch.tensor(0.), **{k: torch.zeros_like(p, dtype=torch.float32) for k in ('exp_avg', 'exp_avg_sq')})
         s['step'] += 1
-        g, w, t = p.grad.float(), p.float(), s['step'].item()
-        s['exp_avg'].lerp_(g, 1 - b1)
-        s['exp_avg_sq'].mul_(b2).addcmul_(g, g, value=1 - b2)
-        root = (s['exp_avg_sq'].sqrt()/(1 - b2**t)**.5).add_(1e-8)
-        w.addcdiv_(s['exp_avg'], root, value=-group['lr']/(1 - b1**t))
-        if p.dtype == torch.bfloat16:
-            chance = torch.Generator(p.device).manual_seed(random.Random(f'{int(t)} {i}').getrandbits(63))
-            p.copy_(self.round(w, chance))
+        if p.device not in drawn: drawn[p.device] = _bits(n, s['step'], p.device)
+        for w, g, m, v in zip(*(o.view(-1).split(n) for o in (p, p.grad.contiguous(), s['exp_avg'], s['exp_avg_sq']))):
+            x = w.float()
+            _adam(x, g.float(), m, v, s['step'], self.param_groups[0]['lr'])
+            if w.dtype == torch.bfloat16: w.copy_(self.round(x, drawn[p.device][:len(w)]))
+            if w.is_meta: break # a plan without data: the other pieces take the same room

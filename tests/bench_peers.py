@@ -1,6 +1,6 @@
 """The same work, ours and the peer's, in one run: step times, peak memory and their ratio.
 
-    python tests/bench_peers.py [--method lora | qlora | prompt | prompt100 | prefix | full] [--dtype bf16 | fp32] [--steps 7] [--json]
+    python tests/bench_peers.py [--method lora | lora_compiled | qlora | prompt | prompt100 | prefix | full] [--dtype bf16 | fp32] [--steps 7] [--json]
     python tests/bench_peers.py --method quantize     (our NF4 and bitsandbytes', both precisions, one matrix of 4096 x 4096)
     python tests/bench_peers.py --method first_token  (16 requests behind a shared instruction: its keys and values kept, or its words sent with each)
     python tests/bench_peers.py --method whole        (LoRA on the airline task from its rows to its last step: `fit`, or PEFT in transformers' Trainer)
@@ -96,8 +96,11 @@ def layers_first(model, t):
 def lora_name(n): return n.removeprefix('base_model.model.').replace('.lora_A.default.weight', '.lora.A').replace('.lora_B.default.weight', '.lora.B')
 def prompt_peer(n): return peer(lambda peft, r: peft.PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=n), lambda name: 'prompt')
 
+lora_sides = ours(lora), peer(lambda peft, r: peft.LoraConfig(r=r, lora_alpha=2*r, target_modules=['q_proj', 'v_proj'], lora_dropout=0.), lora_name)
+
 sides = dict(
-    lora=(ours(lora), peer(lambda peft, r: peft.LoraConfig(r=r, lora_alpha=2*r, target_modules=['q_proj', 'v_proj'], lora_dropout=0.), lora_name)),
+    lora=lora_sides,
+    lora_compiled=lora_sides, # ours with `fit(..., compile=True)`, the peer as before
     qlora=(ours(qlora), peer(lambda peft, r: peft.LoraConfig(r=16, lora_alpha=32, target_modules='all-linear', lora_dropout=0.), lora_name, prepare=bnb_layers)),
     prompt=(ours(lambda r: prompt(20)), prompt_peer(20)),
     prompt100=(ours(lambda r: prompt(100)), prompt_peer(100)),
@@ -129,7 +132,7 @@ def side(method, which, dtype, folder, work):
     if method != 'full': copy(params, view, folder/'start.safetensors')
     say = lambda **kw: print('>' + json.dumps(kw), flush=True)
     say(ready=True)
-    with _training(model) if which == 0 else nullcontext(): # ours as `fit` trains it
+    with _training(model, method.endswith('compiled')) if which == 0 else nullcontext(): # ours as `fit` trains it
         for n, _ in enumerate(sys.stdin):
             t = time.perf_counter()
             loss = loss_fn()
@@ -168,8 +171,8 @@ def compare(method, dtype, steps, **work):
     mb = [rows[-1][i]['mb'] for i in (0, 1)]
     work = usual | work
     n = work['rows']*work['length']
-    if method != 'lora': del work['r'] # the others have what their side says
-    return work | dict(method=method, dtype=dtype, steps=steps, ours=ours, peer=peer, faster=median(r[1]['seconds']/r[0]['seconds'] for r in rows),
+    if not method.startswith('lora'): del work['r'] # the others have what their side says
+    return work | dict(method=method, dtype=dtype, steps=steps, first=first[0]['seconds'], ours=ours, peer=peer, faster=median(r[1]['seconds']/r[0]['seconds'] for r in rows),
                 ours_tokens=n/ours, peer_tokens=n/peer, ours_mb=mb[0], peer_mb=mb[1], loss_gap=gap, gradient_cosine=cos)
 
 def agree(folder, first, dtype):
@@ -234,6 +237,7 @@ def first_token(dtype, steps):
     if same < (16 if dtype == 'fp32' else 14): sys.exit(f'only {same} of 16 first tokens are the same') # in bf16 a close choice may turn
     rows = []
     for _ in range(steps):
+        ours() # the words may have changed while the tuner was off: their keys and values are computed again, once
         own = seconds(ours)
         with tuner.disabled(): rows.append((own, seconds(sent)))
     ours_s, peer_s = [median(r[i] for r in rows) for i in (0, 1)]
@@ -304,7 +308,7 @@ def said(r):
     rank = f", r = {r['r']}" if 'r' in r else ''
     return (f"{m} {r['dtype']} {r['rows']} x {r['length']}{rank}: ours {r['ours']:.2f} s a step ({r['ours_tokens']:,.0f} tokens/s, {r['ours_mb']:,.0f} MB above the model), "
             f"peer {r['peer']:.2f} s ({r['peer_tokens']:,.0f}, {r['peer_mb']:,.0f} MB): {r['faster']:.2f} times as fast; "
-            f"losses within {r['loss_gap']:.1g}, cosine of the gradients {r['gradient_cosine']:.6f}")
+            f"losses within {r['loss_gap']:.1g}, cosine of the gradients {r['gradient_cosine']:.6f}; our first step {r['first']:.1f} s")
 
 def results(method, dtype, steps):
     "The results of a method, or of all but the growth, as they come."

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 import peftbook.full as full
 from peftbook.core import *
 from peftbook.data import Task, collate, encode_rows
+import peftbook.full as full
 from peftbook.full import Full, RoundingAdam, find_params, snapshot, stochastic_round
 from peftbook.lora import LoRA
 from peftbook.models import generate, tiny_archs, tiny_model
@@ -269,14 +270,14 @@ def test_copies_are_independent(model):
 
 def test_stochastic_rounding_is_right_on_average():
     "A quarter of the way between two neighbours goes up a quarter of the time; neighbours themselves stay."
-    g = torch.Generator().manual_seed(0)
+    def rounded(x, seed=0): return stochastic_round(x, torch.randint(2**16, x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32))
     x = torch.full((100_000,), 1 + 2**-7/4)
-    r = stochastic_round(x, g).float()
+    r = rounded(x).float()
     assert set(r.tolist()) == {1., 1 + 2**-7} and abs((r > 1).float().mean() - .25) < .01
     x = torch.randn(10_000).bfloat16()
-    assert torch.equal(stochastic_round(x.float(), g), x)
-    assert torch.equal(stochastic_round(-torch.ones(9)*1.001, torch.Generator().manual_seed(1)), -stochastic_round(torch.ones(9)*1.001, torch.Generator().manual_seed(1)))
-    assert stochastic_round(torch.tensor([float('inf'), -float('inf')]), g).tolist() == [float('inf'), -float('inf')]
+    assert torch.equal(rounded(x.float()), x)
+    assert torch.equal(rounded(-torch.ones(9)*1.001, 1), -rounded(torch.ones(9)*1.001, 1))
+    assert rounded(torch.tensor([float('inf'), -float('inf')])).tolist() == [float('inf'), -float('inf')]
 
 def test_rounding_adam_is_adamw_in_fp32():
     a = torch.nn.Parameter(torch.randn(50)); b = torch.nn.Parameter(a.detach().clone())
@@ -295,6 +296,20 @@ def test_small_steps_are_not_lost_in_bf16():
         for _ in range(100): w.grad = torch.ones_like(w); opt.step()
         ends.append(w.float().mean().item())
     assert ends[0] == 1. and abs(ends[1] - .9) < .01
+
+def test_a_step_in_pieces_is_a_step(monkeypatch):
+    "Tensors larger than a piece, and no multiple of one, move as they do whole; in fp32 as with torch's AdamW."
+    def moved(n, dtype):
+        monkeypatch.setitem(full._piece, 'cpu', n)
+        ps = [torch.nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)) for shape in ((7, 11), (3,))]
+        opt = RoundingAdam(ps, 1e-2)
+        for i in range(3):
+            for p in ps: p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(dtype)
+            opt.step()
+        return ps
+    for a, b in zip(moved(16, torch.float32), moved(10**6, torch.float32)): assert torch.equal(a, b)
+    for a, b, c in zip(moved(16, torch.bfloat16), moved(16, torch.bfloat16), moved(10**6, torch.float32)):
+        assert torch.equal(a, b) and (a.float() - c).abs().max() < .05 # chance is the same again, and moves nothing far
 
 def test_bf16_trains_in_12_bytes(task):
     model, tok = tiny_model('llama', dtype=torch.bfloat16)

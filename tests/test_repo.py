@@ -150,7 +150,7 @@ def test_no_pickle_and_no_remote_code(module):
 
 @each_notebook
 def test_cells_are_short_and_saved_without_an_error(path):
-    assert not [i for i, c in code_cells(path) if len(source(c).splitlines()) > 40]
+    assert not [i for i, c in code_cells(path) if len([l for l in source(c).splitlines() if not l.startswith('#|')]) > 40]
     assert not [i for i, c in code_cells(path) if any(o['output_type'] == 'error' for o in c['outputs'])]
 
 @each_notebook
@@ -169,3 +169,13 @@ def test_imports_have_cells_of_their_own(path):
 def test_notebooks_keep_no_widget_state(path): assert 'widgets' not in read_nb(path)['metadata']
 
 def test_front_page_is_fast(): assert not [i for i, c in code_cells(nbs/cfg['readme_nb']) if 'slow' in directives(c)]
+
+@pytest.mark.parametrize('path', [p for p in sorted((root/'nbs').glob('[0-9]*.ipynb'))], ids=lambda p: p.stem)
+def test_a_chapter_reads_in_twenty_minutes(path):
+    "220 words of prose or 40 lines of code a minute; what the page folds or hides is not counted."
+    words = code = 0
+    for c in json.loads(path.read_text(encoding='utf-8'))['cells']:
+        text = ''.join(c['source'])
+        if c['cell_type'] == 'markdown': words += len(re.sub(r'<details>.*?</details>', '', text, flags=re.S).split())
+        elif not re.search(r'(?m)^#\| *(hide|export$|default_exp|code-fold)', text): code += sum(bool(l.strip()) and not l.startswith('#|') for l in text.splitlines())
+    assert words/220 + code/40 < 20

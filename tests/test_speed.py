@@ -211,3 +211,34 @@ def test_without_gradients_layers_are_transformers_own():
     with torch.no_grad():
         want = model(ids).logits
         with fast_layers(model): assert torch.equal(model(ids).logits, want)
+
+# --- compiled
+
+@pytest.mark.parametrize('make,checkpointing', [(lambda: LoRA(r=2, dropout=.0), False), (lambda: Adapters(bottleneck=4), True)])
+def test_compiled_a_run_is_the_same(make, checkpointing):
+    "Rows of several lengths: the losses are those of the plain run within rounding, and the model is left as it was."
+    model, tok = tiny_model('llama')
+    checkpoint_activations(model, checkpointing)
+    task, losses = Task('toy', rows*4, [], []), []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        tuner = make().attach(model)
+        losses.append([r['loss'] for r in fit(tuner, tok, task, steps=4, batch_size=2, compile=compile).rows])
+        tuner.detach()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0][-1] != losses[0][0]
+    assert not [m for m in model.modules() if 'forward' in vars(m)]
+
+def test_compiling_is_refused_where_it_cannot_work(tmp_path, monkeypatch):
+    "Before anything is written: behind a prefix, on codes of few bits, without blocks, without a compiler."
+    from peftbook.quantization import quantize
+    model, tok = tiny_model('llama')
+    task, out = Task('toy', rows, [], []), tmp_path/'run'
+    def refused(tuner, words):
+        with pytest.raises(ValueError, match=words) as e: fit(tuner, tok, task, steps=1, out=out, compile=True)
+        assert 'leave it out' in str(e.value) and not out.exists()
+        tuner.detach()
+    refused(PrefixTuning(2).attach(model), 'the prefix of prefix_tuning differs in each layer')
+    refused(LoRA().attach(quantize(tiny_model('llama')[0])), 'kernels of their own')
+    monkeypatch.setattr('shutil.which', lambda name: None)
+    refused(LoRA().attach(model), 'no C.. compiler')
+    with pytest.raises(ValueError, match='Linear has no blocks'): speed.blocks_to_compile(torch.nn.Linear(2, 2))
