@@ -6,7 +6,7 @@
 __all__ = ['supervised_loss', 'attention', 'fast_attention', 'fast_layers', 'blocks_to_compile', 'compiled_layers']
 
 # %% ../nbs/04_speed.ipynb #70fb2c80
-import inspect, os, shutil
+import inspect, os, shutil, sys, time
 from contextlib import contextmanager
 from functools import cache, partial
 
@@ -105,6 +105,12 @@ def fast_attention(
     return attend_with(model, attention)
 
 # %% ../nbs/04_speed.ipynb #04a7e031
+def _times(x, r):
+    "x*r for r in fp32, rounded once: in half precision as x times r's upper half and lower half, which spares a copy of x in fp32."
+    if x.dtype == r.dtype: return x*r
+    high = r.to(x.dtype)
+    return (x*(r - high).to(x.dtype)).addcmul_(x, high)
+
 class _Norm(torch.autograd.Function):
     "Equations (4.3) and (4.4); x is ... x H, w is H."
     @staticmethod
@@ -112,7 +118,7 @@ class _Norm(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.shape[-1]).add_(eps).rsqrt_()     # 1/s
         ctx.save_for_backward(x, w, r)
-        return torch.mul(x, r, out=torch.empty_like(x)).mul_(w)
+        return _times(x, r).mul_(w)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -120,8 +126,8 @@ class _Norm(torch.autograd.Function):
         x, w, r = ctx.saved_tensors
         d = dy*w
         along = (d*x).sum(-1, keepdim=True, dtype=r.dtype).mul_(r**3).div_(-x.shape[-1])
-        dx = torch.mul(d, r, out=d).addcmul_(x, along.to(x.dtype)) if ctx.needs_input_grad[0] else None
-        dw = (dy*torch.mul(x, r, out=torch.empty_like(x))).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        dx = _times(d, r).addcmul_(x, along.to(x.dtype)) if ctx.needs_input_grad[0] else None
+        dw = (dy*_times(x, r)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return dx, dw, None
 
 # %% ../nbs/04_speed.ipynb #04a7e033
@@ -138,11 +144,76 @@ class _Gate(torch.autograd.Function):
         g, u = ctx.saved_tensors
         return torch.ops.aten.silu_backward(dy*u, g), F.silu(g).mul_(dy)
 
+def _turn(x, cos, sin):
+    y, h = x*cos, x.shape[-1]//2
+    y[..., :h].addcmul_(x[..., h:], sin[..., :h], value=-1)
+    y[..., h:].addcmul_(x[..., :h], sin[..., h:])
+    return y
+
+class _Rotary(torch.autograd.Function):
+    "Equation (4.5); x is B x heads x T x w, cos and sin are B or 1 x 1 x T x w, and x's pairs lie half a width apart."
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        return _turn(dy, cos, -sin.roll(sin.shape[-1]//2, -1)), None, None
+
+# %% ../nbs/04_speed.ipynb #04a7e047
+def _halves(a, b):
+    "a @ b, the upper rows first; cut where the blocks of the library's are."
+    y, h = a.new_empty(len(a), b.shape[1]), -(-len(a)//128)*64
+    for i in (slice(h), slice(h, None)): torch.mm(a[i], b, out=y[i])
+    return y
+
+@cache
+def _by_halves(rows, n_in, n_out, turned, dtype, threads):
+    "Are halves of `rows` x n_in by n_in x n_out sooner by a tenth, and the same numbers? Measured."
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*s, generator=g).to(dtype) for s in ((rows, n_in), (n_out, n_in) if turned else (n_in, n_out)))
+    if turned: b = b.T
+    took = {f: [] for f in (torch.mm, _halves)}
+    for _ in range(4):
+        for f in took:
+            t = time.perf_counter()
+            f(a, b)
+            took[f].append(time.perf_counter() - t)
+    return min(took[_halves][1:]) < .9*min(took[torch.mm][1:]) and torch.equal(_halves(a, b), a @ b)
+
+def _product(a, b):
+    "a (rows x in) @ b (in x out), whole or by halves."
+    pays = a.device.type == 'cpu' and a.dtype.itemsize == 2 and len(a)*b.numel() > 2**27 and torch.get_num_threads() > 1
+    return (_halves if pays and _by_halves(-(-len(a)//64)*64, *b.shape, b.stride(0) == 1, a.dtype, torch.get_num_threads()) else torch.mm)(a, b)
+
+# %% ../nbs/04_speed.ipynb #04a7e048
+class _Linear(torch.autograd.Function):
+    "`x W^T`; x is ... x in, W out x in."
+    @staticmethod
+    def forward(ctx, x, W):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W)
+        return _product(x.flatten(0, -2), W.T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, W = ctx.saved_tensors
+        d = dy.flatten(0, -2)
+        dx = _product(d, W).view(*dy.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        return dx, d.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+
+def _linear(self, x):
+    if x.device.type == 'cpu' and _trains(x, self.weight): return _Linear.apply(x, self.weight)
+    return type(self).forward(self, x)
+
 # %% ../nbs/04_speed.ipynb #04a7e037
 @cache
-def _says(cls):
-    "What the code of a layer's `forward` says; None where there is no source."
-    try: return inspect.getsource(cls.forward).partition(':\n')[2]
+def _says(f):
+    "What the code of a function says below its first line; None where there is no source."
+    try: return inspect.getsource(f).partition(':\n')[2]
     except (OSError, TypeError): return None
 
 def _trains(*ts): return torch.is_grad_enabled() and any(t.requires_grad for t in ts) and len({t.dtype for t in ts}) == 1
@@ -155,19 +226,41 @@ def _mlp(self, x):
     g, u = self.gate_proj(x), self.up_proj(x)
     return self.down_proj(_Gate.apply(g, u) if _trains(g, u) else self.act_fn(g)*u)
 
+def _rotary(own, q, k, cos, sin, unsqueeze_dim=1):
+    "Queries and keys, turned; `own` does it for transformers."
+    if not _trains(q, k, cos, sin): return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+    return tuple(_Rotary.apply(x, cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)) for x in (q, k))
+
+# %% ../nbs/04_speed.ipynb #04a7e045
+def _known_layers(model):
+    "For each layer that reads as one of Llama's: the layer and what takes the place of its `forward`."
+    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+    known = {_says(LlamaRMSNorm.forward): _norm, _says(LlamaMLP.forward): _mlp}
+    known.pop(None, None) # without source files every layer says None
+    for m in model.modules():
+        f = known.get(_says(type(m).forward))
+        if f is _norm or f and type(m.act_fn).__name__ in ('SiLU', 'SiLUActivation'): yield m, f
+        elif type(m) is torch.nn.Linear and m.bias is None and m is not model.get_output_embeddings(): yield m, _linear
+
+def _turning_modules(model):
+    "The files of transformers, among those of the model's layers, that turn queries and keys as Llama's does."
+    from transformers.models.llama import modeling_llama as llama
+    files = {sys.modules[type(m).__module__] for m in model.modules()}
+    return [f for f in files if hasattr(f, 'apply_rotary_pos_emb') and _says(f.apply_rotary_pos_emb) == _says(llama.apply_rotary_pos_emb) is not None]
+
 @contextmanager
 def fast_layers(
     model, # a model of transformers; layers that are not known are left as they are
 ):
-    "Within it norms and gates that train are those of equations (4.3) and (4.4), in fewer operations."
-    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
-    known = {_says(LlamaRMSNorm): _norm, _says(LlamaMLP): _mlp}
-    known.pop(None, None) # without source files every layer says None
-    mine = [(m, f) for m in model.modules() if (f := known.get(_says(type(m)))) and 'forward' not in vars(m) and (f is _norm or type(m.act_fn).__name__ in ('SiLU', 'SiLUActivation'))]
+    "Within it norms, gates and rotations that train are those of equations (4.3) to (4.5), in fewer operations, and products as `_by_halves` says."
+    mine = [(m, f) for m, f in _known_layers(model) if 'forward' not in vars(m)]
+    files = [(o, o.apply_rotary_pos_emb) for o in _turning_modules(model)]
     for m, f in mine: m.forward = partial(f, m)
+    for o, f in files: o.apply_rotary_pos_emb = partial(_rotary, f)
     try: yield
     finally:
         for m, _ in mine: del m.forward
+        for o, f in files: o.apply_rotary_pos_emb = f
 
 # %% ../nbs/04_speed.ipynb #04a7e041
 def blocks_to_compile(

@@ -1,4 +1,5 @@
 "The loss on supervised tokens against the plain way: every architecture, either padding, packed rows. Attention by products against SDPA."
+import sys
 from contextlib import nullcontext
 
 import pytest, torch, torch.nn.functional as F
@@ -194,7 +195,8 @@ def test_layers_in_fewer_operations_give_the_same_gradients(name, checkpointing)
 def test_layers_are_given_back_after_an_error():
     model, _ = tiny_model('llama')
     with pytest.raises(RuntimeError), fast_layers(model):
-        assert sum('forward' in vars(m) for m in model.modules()) == 3*len(model.model.layers) + 1
+        assert sum('forward' in vars(m) for m in model.modules()) == (3 + 7)*len(model.model.layers) + 1 # two norms, a block, seven products; the last norm
+        assert sys.modules[type(model).__module__].apply_rotary_pos_emb.func is speed._rotary
         raise RuntimeError('stop')
     assert not any('forward' in vars(m) for m in model.modules())
 
@@ -203,7 +205,7 @@ def test_a_norm_or_block_of_another_kind_is_left_alone():
     import transformers as tf
     cfg = tf.Gemma2Config(vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
     model = tf.Gemma2ForCausalLM(cfg)
-    with fast_layers(model): assert not any('forward' in vars(m) for m in model.modules())
+    with fast_layers(model): assert {type(m).__name__ for m in model.modules() if 'forward' in vars(m)} == {'Linear'} # products alone
 
 def test_without_gradients_layers_are_transformers_own():
     model, tok = tiny_model('llama', dtype=torch.bfloat16)
@@ -211,6 +213,31 @@ def test_without_gradients_layers_are_transformers_own():
     with torch.no_grad():
         want = model(ids).logits
         with fast_layers(model): assert torch.equal(model(ids).logits, want)
+
+@pytest.mark.parametrize('rows', [200, 256, 1000])
+def test_halves_are_the_product(rows):
+    "Cut where the library's blocks are: the rows of an odd number too; in both layouts of the second matrix."
+    a, W = torch.randn(rows, 96).bfloat16(), torch.randn(64, 96).bfloat16()
+    for b in (W.T, W.T.contiguous()): torch.testing.assert_close(speed._halves(a, b), a @ b, rtol=.02, atol=.1)
+
+def test_halves_are_taken_only_where_they_are_the_same_and_sooner(monkeypatch):
+    speed._by_halves.cache_clear()
+    monkeypatch.setattr(speed, '_halves', lambda a, b: torch.zeros(len(a), b.shape[1], dtype=a.dtype)) # sooner, and wrong
+    assert not speed._by_halves(1024, 96, 64, True, torch.bfloat16, 2)
+    speed._by_halves.cache_clear()
+
+def test_a_step_by_halves_has_the_same_gradients(monkeypatch):
+    "With the choice forced, on a model in bf16: loss and gradients are those of whole products within rounding."
+    model, tok = tiny_model('llama', dtype=torch.bfloat16)
+    batch = collate([encode(tok, r) for r in rows]*40, tok.pad_token_id)
+    taken = []
+    def product(a, b): taken.append(len(a)); return halves(a, b)
+    halves = speed._halves
+    def one():
+        with fast_layers(model): return torch.cat([g.flatten().double() for g in grads(supervised_loss(model, batch)[0], list(model.parameters()))])
+    whole = one()
+    monkeypatch.setattr(speed, '_product', product)
+    assert torch.cosine_similarity(one(), whole, 0) > .9999 and len(taken) == 2*7*len(model.model.layers)
 
 # --- compiled
 
