@@ -6,9 +6,9 @@
 __all__ = ['find_root', 'settings', 'source', 'directives', 'read_nb', 'nb_text', 'chapters', 'page_name', 'output_md', 'cell_md',
            'readme_text', 'settle', 'readme', 'badge_cells', 'with_badge', 'badges', 'stamps', 'stale_cells', 'stale',
            'fast', 'said', 'same_line', 'stale_outputs', 'run_nb', 'run', 'relink', 'rename_pages', 'npm_dist',
-           'set_math', 'local_math', 'local_font', 'few_icons', 'figure_words', 'described', 'place_picture', 'mend',
-           'offline_config', 'process', 'finish', 'site', 'served', 'visit', 'dead_links', 'search_leads', 'look_at',
-           'look', 'main']
+           'set_math', 'local_math', 'local_font', 'few_icons', 'fold_code', 'figure_words', 'described',
+           'place_picture', 'mend', 'offline_config', 'process', 'finish', 'site', 'served', 'visit', 'dead_links',
+           'search_leads', 'look_at', 'look', 'main']
 
 # %% ../nbs/99_dev.ipynb #a88e01fd
 import argparse, ast, base64, difflib, hashlib, html, io, json, os, re, shutil, subprocess, sys, tarfile, tempfile, threading
@@ -198,7 +198,6 @@ def fast(nb:dict # a notebook
     return nb | dict(cells=[c | dict(source='') if skip(c) else c for c in nb['cells']])
 
 # %% ../nbs/99_dev.ipynb #da685ffc
-#| code-fold: true
 _varies = re.compile(r'\b(?:seconds?|ms|minutes?|min|CPU|cpu|threads?|MiB|GFLOP\S*)\b|\d ?s\b|/s\b|\d:\d\d|(?<![\w.])/(?:tmp|root|home|work)\b|\b0x[0-9a-f]+|(?<![.\w])(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{8,}\b(?![-.])|\d+\.\d+\.\d+|pypi:|\.{4,}\w')
 _number = re.compile(r'[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?')
 
@@ -378,6 +377,15 @@ def few_icons(docs:Path # the folder of the site
     for p in docs.rglob('bootstrap-icons*.css'):
         p.write_text(re.sub(r'\.bi-([\w-]+)::before\{[^}]*\}', lambda m: m[0] if m[1] in used else '', p.read_text(encoding='utf-8')), encoding='utf-8')
 
+# %% ../nbs/99_dev.ipynb #a06d8302
+def fold_code(cell # of a notebook that nbdev processes
+             ):
+    "Close what is marked `#| fold`; leave exported code open, with its title."
+    d = cell.directives_
+    if cell.cell_type != 'code' or not d.keys() & {'fold', 'exports'}: return
+    how, title = 'true' if 'fold' in d else 'show', 'Exported source' if 'exports' in d else 'Code'
+    cell.source = f'#| code-fold: {how}\n#| code-summary: "{title}"\n{cell.source}'
+
 # %% ../nbs/99_dev.ipynb #86cb0982
 def figure_words(code:str # a cell that draws
                 ) -> list[str]: # titles, names of axes, labels
@@ -513,7 +521,6 @@ def served(docs:Path # the folder of the site
     finally: server.shutdown(); server.server_close()
 
 # %% ../nbs/99_dev.ipynb #2cd8fb80
-#| code-fold: true
 _states = [(w, s) for w in (1280, 390) for s in ('light', 'dark')] # a desk and a phone
 _lacks = r"""() => {
   const res = [], say = (what, e) => res.push(`${what}: ${(e.outerHTML || e.data).slice(0, 90)}`), root = document.documentElement
@@ -537,7 +544,6 @@ _axe = """async () => (await axe.run({resultTypes: ['violations']})).violations.
   v => `axe, ${v.id}, ${v.nodes.length} times: ${v.nodes[0].html.slice(0, 120)} ${(v.nodes[0].any[0] || v.nodes[0].all[0] || v.nodes[0].none[0] || {message: ''}).message.slice(0, 120)}`)"""
 
 # %% ../nbs/99_dev.ipynb #ab25b092
-#| code-fold: true
 def visit(context, # Playwright's, of a browser that reaches nothing but the site
           url:str, # of the site
           name:str, # of the page's file
@@ -603,7 +609,6 @@ def search_leads(context, # Playwright's
     finally: page.close()
 
 # %% ../nbs/99_dev.ipynb #ead780e5
-#| code-fold: true
 _axe_core = 'axe-core', '4.14.1'
 _most = 1_500_000 # bytes of a page with all that it loads
 

@@ -93,7 +93,6 @@ def _peak(fn, device):
     return peak_bytes(fn, device.type) if device.type in ('cpu', 'cuda') else fn()
 
 # %% ../nbs/51_compare.ipynb #96d96f66
-#| code-fold: true
 def peak_memory(
     model, # the base, with no tuner attached
     tok, # its tokenizer
@@ -178,7 +177,6 @@ def run_one(
     return res | dict(seconds=dict(training=between - start, evaluation=time.perf_counter() - between))
 
 # %% ../nbs/51_compare.ipynb #3c35419d
-#| code-fold: true
 def _hash(o, n=8): return hashlib.sha256(json.dumps(o, sort_keys=True).encode()).hexdigest()[:n]
 
 def _code(method):
@@ -206,7 +204,6 @@ def settings_of(
     return dict(method=method, task=task.name, seed=seed, batch=_rows_a_step) | own | base | dict(data=_data(task), size=asdict(size), code=_code(method))
 
 # %% ../nbs/51_compare.ipynb #06c0f844
-#| code-fold: true
 def _device(device):
     "What the seconds and bytes were measured on, in words."
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
@@ -266,7 +263,6 @@ def _line(i, n, s, res, left):
     return f"[{i}/{n}] {s['task']} {s['method']}, seed {s['seed']}: {score}, KL {res['texts']['kl']:.3f}, {_clock(sum(res['seconds'].values()))} min" + (f'; about {_clock(left)} min left' if left else '')
 
 # %% ../nbs/51_compare.ipynb #24483669
-#| code-fold: true
 def _check(tasks, names, seeds, folder):
     "Refuse what can be refused before a model is loaded."
     if not isinstance(seeds, int) or seeds < 1: raise ValueError(f'seeds={seeds!r} must be a whole number, 1 at least')
@@ -345,7 +341,6 @@ def _held(injection):
     return [sum(not t['succeeded'] for t in injection['replies'][i:i+k])/k for i in range(0, len(injection['replies']), k)]
 
 # %% ../nbs/51_compare.ipynb #9794e484
-#| code-fold: true
 def _summary(
     runs:list, # of one method on one task, from `pooled`
     base_loss:float, # of the dense base on the texts
@@ -494,7 +489,6 @@ def lecture_table(cells:dict # from `lecture_cells`
     return Table(['Method', 'Alteration', 'Efficiency', 'Effectiveness'], [[f'<b>{_cell(_title(m))}</b>', *(cell(c, x) for c, x in cs.items())] for m, cs in cells.items()])
 
 # %% ../nbs/51_compare.ipynb #c8e01a34
-#| code-fold: true
 _reasons = { # (method, column) -> why a base or a task like these may not show what the lecture says
     ('prompt_tuning', 'effectiveness'): 'Prompt tuning is reported to come close to full fine-tuning only for bases of about 10 billion numbers (Lester et al. 2021).',
     ('soft_prompting', 'effectiveness'): 'What words in front can do hangs on how well the base follows instructions; a larger base follows them better.',
@@ -520,7 +514,6 @@ def limits_of(results:list, # of dicts, with those of the base
     return out + [f'{_title(m)}, {c}: {why}' for (m, c), why in _reasons.items() if m in cells and cells[m][c]['verdict'] in ('disagrees', 'partly')]
 
 # %% ../nbs/51_compare.ipynb #62d2f6e8
-#| code-fold: true
 def _points(fig, table, x, xlabel, linear):
     "A panel for each task: what was learned against a figure `x(line)`, which may be zero."
     tasks = list(dict.fromkeys(t for t, _ in table))
@@ -591,7 +584,6 @@ def _provenance(results, command):
         f"Size: {_cell('; '.join(dict.fromkeys(json.dumps(o['size']) for o in s)))}", f"Code: {all_of(lambda m: ', '.join(f'{k} {v}' for k, v in m['code'].items()))}"]
 
 # %% ../nbs/51_compare.ipynb #80c72941
-#| code-fold: true
 def write_report(
     results:list, # of dicts, with those of the base
     tasks:list, # of `Task`

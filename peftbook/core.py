@@ -512,7 +512,6 @@ def take(self:Tuner,
         for n, t in want.items(): t.copy_(have[n])
 
 # %% ../nbs/01_core.ipynb #8320a1c5
-#| code-fold: true
 @patch(cls_method=True)
 def read(cls:Tuner,
     path, # a folder that `save` wrote

@@ -15,7 +15,6 @@ from fastcore.basics import patch
 from .core import *
 
 # %% ../nbs/10_full_finetuning.ipynb #0e2c27f1
-#| code-fold: true
 def find_params(
     model:nn.Module, # any model
     targets=None, # a name's end such as 'bias', a glob, a pattern that begins with ^, or a list of these; None: all
@@ -36,7 +35,6 @@ def find_params(
     return found
 
 # %% ../nbs/10_full_finetuning.ipynb #68f19763
-#| code-fold: true
 def snapshot(
     tensors:dict, # name -> tensor
 ) -> dict: # name -> tensor on the CPU, memory-mapped
@@ -119,7 +117,6 @@ def optimizer(self:Full, params, lr):
     return RoundingAdam(params, lr) if torch.bfloat16 in types else torch.optim.AdamW(params, lr=lr, weight_decay=0.)
 
 # %% ../nbs/10_full_finetuning.ipynb #24d5e8fb
-#| code-fold: true
 @patch
 def final(self:Full):
     "The weights; or what has changed in them, in bf16, under names that say so."

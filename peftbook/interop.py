@@ -147,7 +147,6 @@ def _readers(tuner, cfg):
     return notes
 
 # %% ../nbs/41_interop.ipynb #8ad4dbc5
-#| code-fold: true
 def model_card(
     tuner:Tuner, # attached once at least
     task:str='', # what it was trained for, in a line
@@ -189,7 +188,6 @@ def to_peft(
     return _write_folder(path, _files(tuner, task, scores))
 
 # %% ../nbs/41_interop.ipynb #5131115a
-#| code-fold: true
 def _read_peft(path):
     "Options, tensors and header of a folder in PEFT's format. `FileNotFoundError` or `ValueError` if they are not whole."
     from safetensors.torch import load as from_bytes
@@ -213,7 +211,6 @@ def _read_peft(path):
     return cfg, have, header
 
 # %% ../nbs/41_interop.ipynb #b49d90da
-#| code-fold: true
 _why = dict(use_dora='DoRA also rescales the rows of the weight, and LoRA here only adds to it', bias='biases of the base were trained too',
     modules_to_save='whole modules of the base were trained too', rank_pattern='layers have ranks of their own, and LoRA here has one r',
     alpha_pattern='layers have scales of their own, and LoRA here has one alpha', layer_replication='it repeats layers of the base',
@@ -234,7 +231,6 @@ def _check_options(cfg, path):
             raise ValueError(f"{path} was made with {k}={json.dumps(v)}: {_why.get(k, 'this package has no counterpart of it')}")
 
 # %% ../nbs/41_interop.ipynb #34b8d3db
-#| code-fold: true
 def _layers(cfg, model):
     "The layers that PEFT would change, by its own rules."
     want, idx = cfg['target_modules'], cfg.get('layers_to_transform')
@@ -277,7 +273,6 @@ def _same_as_base(name, t, model, path):
     raise ValueError(f'{path} holds the tensor {name} of its base, and this model has another: nothing was loaded')
 
 # %% ../nbs/41_interop.ipynb #a53011ce
-#| code-fold: true
 def _to_prompt(cfg, have, model, path):
     if cfg.get('num_transformer_submodules') not in (None, 1): raise ValueError(f'{path} has prompts for an encoder and a decoder: this package has decoders only')
     tuner = PromptTuning(cfg['num_virtual_tokens'], 'vocab' if cfg.get('prompt_tuning_init') == 'SAMPLE_VOCAB' else 'random')
@@ -329,7 +324,6 @@ def from_peft(
     return tuner
 
 # %% ../nbs/41_interop.ipynb #661e2aef
-#| code-fold: true
 def push_to_hub(
     tuner:Tuner, # as for `to_peft`
     repo:str, # 'name/of-the-adapter'; made if need be

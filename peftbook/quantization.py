@@ -112,7 +112,6 @@ def unpack_bits(
     return torch.stack([w >> bits*(g - 1 - i) & 2**bits - 1 for i in range(g)], 1).to(torch.uint8).flatten()[:n]
 
 # %% ../nbs/30_quantization.ipynb #754f29aa
-#| code-fold: true
 @lru_cache
 def dynamic_code() -> torch.Tensor: # 256 float32 values in order, from -0.993 to 1
     """The 8-bit dynamic code (Dettmers et al. 2022, arXiv:2110.02861, section 2): seven decades, the largest cut finest: 64 values of each sign
@@ -131,7 +130,6 @@ def _dynamic_tables(device):
     return c.to(device), torch.bucketize(torch.arange(65536.)*(2/65535) - 1, (c[1:] + c[:-1])/2).to(torch.uint8).to(device)
 
 # %% ../nbs/30_quantization.ipynb #a017fecf
-#| code-fold: true
 def _nest(scales):
     "Double quantization (arXiv:2305.14314, section 3): 8-bit codes of the scales less their mean, in blocks of 256, and what undoes it."
     mean, n = scales.mean(), len(scales)
@@ -147,7 +145,6 @@ def _unnest(codes, top, mean):
     return (v*top[:, None]).flatten()[:n].add_(mean)
 
 # %% ../nbs/30_quantization.ipynb #61c8b5ce
-#| code-fold: true
 class QuantizedTensor:
     "A tensor in few bits. `tensors` is all that is stored: codes, scales, and (if there are any) zeros, scale_max, scale_mean."
     def __init__(self,
@@ -164,7 +161,6 @@ class QuantizedTensor:
     block = property(lambda self: self.block_size or self.shape[-1], doc='Weights in a block.')
 
 # %% ../nbs/30_quantization.ipynb #4acd4627
-#| code-fold: true
 @patch(as_prop=True)
 def nbytes(self:QuantizedTensor) -> int:
     "All bytes that are stored: codes, scales and what belongs to them."
@@ -244,7 +240,6 @@ def _last_block(x, s, name):
     return _nearest((x/s).clamp(-1, 1), *_tables(name, 4, x.device)), s
 
 # %% ../nbs/30_quantization.ipynb #a3334e92
-#| code-fold: true
 @lru_cache
 def _byte_values(name, bits, device):
     "For 2, 4 and 8 bits: the values of all codes in a byte, looked up at once as one wide number."
@@ -260,7 +255,6 @@ def _values(packed, name, bits, n):
     return _byte_values(name, bits, packed.device).index_select(0, packed.int()).view(torch.float32)[:n]
 
 # %% ../nbs/30_quantization.ipynb #3afed854
-#| code-fold: true
 def _dequantize_torch(q, dtype):
     "The dense tensor, a run at a time: value (less the zero point) times scale in float32, rounded to `dtype` once."
     n, block, s, z = q.shape.numel(), q.block, q.full_scales(), q.tensors.get('zeros')
@@ -275,7 +269,6 @@ def _dequantize_torch(q, dtype):
     return out.view(q.shape)
 
 # %% ../nbs/30_quantization.ipynb #ce33eb1a
-#| code-fold: true
 @lru_cache
 def _bnb():
     "bitsandbytes' functions, or None where it is missing or broken: whatever it raises, the torch backend does all it can do."
@@ -300,7 +293,6 @@ def _bnb_dequantize(q, dtype):
     return F.dequantize_4bit(q.codes.view(-1, 1), state).view(q.shape)
 
 # %% ../nbs/30_quantization.ipynb #2a2953c0
-#| code-fold: true
 _sample = 2**16
 
 def _seconds(f, device, n=3):
@@ -334,7 +326,6 @@ def _takes_bnb(n, bits, name, block, per_row, device, dtype, back=False):
     return can and n % block == 0 and dtype in (torch.float32, torch.bfloat16, torch.float16) and _bnb_wins(back, name, bits, block, device, dtype)
 
 # %% ../nbs/30_quantization.ipynb #ee659bb5
-#| code-fold: true
 def _check_options(bits, codebook, block_size):
     _check_code(codebook, bits)
     if block_size is not None and (not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 16):
@@ -359,7 +350,6 @@ def quantize_tensor(
     return QuantizedTensor(t, bits, codebook, block_size, w.shape, w.dtype)
 
 # %% ../nbs/30_quantization.ipynb #ad70feb7
-#| code-fold: true
 @patch
 def dequantize(self:QuantizedTensor,
     dtype:torch.dtype=None, # None: as it was
@@ -415,7 +405,6 @@ class QuantLinear(nn.Module):
         return super().__getattr__(k)
 
 # %% ../nbs/30_quantization.ipynb #cf59da0c
-#| code-fold: true
 @patch(as_prop=True)
 def quantized(self:QuantLinear) -> QuantizedTensor:
     "The weight, sharing the layer's memory."
@@ -430,7 +419,6 @@ def extra_repr(self:QuantLinear):
     return f'{self.in_features}, {self.out_features}, bias={self.bias is not None}, bits={self.bits}, codebook={self.codebook}, block_size={self.block_size}'
 
 # %% ../nbs/30_quantization.ipynb #c646a523
-#| code-fold: true
 @patch
 def _apply(self:QuantLinear, fn, recurse=True):
     "Moves with the model (`.to(device)`), but its scales stay in float32 when the model goes to bf16."
@@ -441,7 +429,6 @@ def _apply(self:QuantLinear, fn, recurse=True):
     return self
 
 # %% ../nbs/30_quantization.ipynb #69ab31d8
-#| code-fold: true
 def _dense_linear(m): return (isinstance(m, nn.Linear) or type(m).__name__ == 'Conv1D') and isinstance(getattr(m, 'weight', None), nn.Parameter)
 
 def _to_quantize(model, skip):
@@ -498,7 +485,6 @@ def storage_bytes(
     return sum(s.values())
 
 # %% ../nbs/30_quantization.ipynb #e63e6380
-#| code-fold: true
 _dtypes = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64, 'I32': torch.int32,
            'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool}
 
@@ -519,7 +505,6 @@ def _header(path):
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{path} cannot be read as safetensors ({e}): copy it again') from None
 
 # %% ../nbs/30_quantization.ipynb #45123554
-#| code-fold: true
 def _nbytes(entry): return math.prod(entry[1])*entry[0].itemsize
 
 def _read_tensor(f, entry, room=None):
@@ -540,7 +525,6 @@ def _weight_files(folder):
     return [Path(folder)/n for n in names]
 
 # %% ../nbs/30_quantization.ipynb #16187a4f
-#| code-fold: true
 def _empty_model(folder, dtype):
     "The model of a folder's configuration, its parameters on the meta device: no memory yet. Buffers are computed as ever."
     from accelerate import init_empty_weights
@@ -561,7 +545,6 @@ def _key_in(model, key, state):
     return next((k for k in (key, f'{p}.{key}', key.removeprefix(f'{p}.')) if k in state), None)
 
 # %% ../nbs/30_quantization.ipynb #0bdb3158
-#| code-fold: true
 def _plan(model, files):
     "[(file, key, name, entry)] for each of the model's tensors. ValueError if one is missing or has another shape; tied ones are there once."
     state = model.state_dict(keep_vars=True)
@@ -587,7 +570,6 @@ def _put(model, name, t):
             if p is old: o._parameters[k] = new
 
 # %% ../nbs/30_quantization.ipynb #16642760
-#| code-fold: true
 @torch.no_grad()
 def _fill(model, plan, layers, dtype, device, options, compute_dtype):
     "Read tensor by tensor; a weight of `layers` is quantized as it comes and dropped."
@@ -614,7 +596,6 @@ def _fill(model, plan, layers, dtype, device, options, compute_dtype):
         if f: f.close()
 
 # %% ../nbs/30_quantization.ipynb #757a98f5
-#| code-fold: true
 def load_quantized(
     name:str=None, # what `load_model` takes, or a folder that `save_quantized` wrote
     bits:int=4, # width of a code, 2 to 8
@@ -654,7 +635,6 @@ def _home(model, device):
     return model.eval()
 
 # %% ../nbs/30_quantization.ipynb #c9dc7466
-#| code-fold: true
 def _own_tensors(model):
     "Name -> tensor of what a file must hold: tied tensors once."
     seen, res = set(), {}
@@ -682,7 +662,6 @@ def save_quantized(
     return path
 
 # %% ../nbs/30_quantization.ipynb #36b4249b
-#| code-fold: true
 def _layout(shape, bits, block, affine, double_quant):
     "name -> (shape, dtype) of what a quantized tensor stores: predicted, not measured."
     n = math.prod(shape)
@@ -704,7 +683,6 @@ def _empty_layer(path, name, info, m):
     return QuantLinear(QuantizedTensor(t, **o, shape=shape, dtype=dtype), m.bias)
 
 # %% ../nbs/30_quantization.ipynb #b416b1dc
-#| code-fold: true
 def _load_saved(folder, compute_dtype, device):
     "What `save_quantized` wrote, checked against the shapes that its own records and configuration ask for."
     path = folder/_saved

@@ -85,7 +85,6 @@ airline_grammar['ours'] = deal('''
     luggage loaded late by your workers | a broken radio in the cockpit | your staff forgetting the meals''')
 
 # %% ../nbs/03_scenarios.ipynb #395ea6db
-#| code-fold: true
 airline_grammar['weather'] = deal('''
     a snowstorm | heavy snow | a sudden snowfall | deep snow at the airport | thick fog | fog over the city
     poor visibility in the mist | strong winds | gale-force winds | a gale | crosswinds on the runway
@@ -122,7 +121,6 @@ airline_grammar['outside'] = deal('''
     a walkout of air traffic controllers | geese on the runway''')
 
 # %% ../nbs/03_scenarios.ipynb #66430ff4
-#| code-fold: true
 airline_grammar['city'] = deal('''
     Madrid | Oslo | Rome | Paris | Dublin | Athens | Vienna | Boston | Lisbon | Cairo | Tokyo | Milan | Berlin
     Delhi | Miami | Geneva | Naples | Toronto | Sydney | Warsaw | Chicago | Dubai | Seville | Munich
@@ -145,7 +143,6 @@ airline_grammar['late'] = deal('''
     seven hours late | hours after the planned time | much too late''')
 
 # %% ../nbs/03_scenarios.ipynb #37782911
-#| code-fold: true
 airline_grammar['name'] = deal('''
     Maria | Tom | Aisha | Paul | Ines | Kofi | Laura | Omar | Nina | Jack | Priya | Hugo | Elena | Sam | Ruth
     Viktor
@@ -174,7 +171,6 @@ airline_grammar['ask'] = deal('''
     Please get back to me.''')
 
 # %% ../nbs/03_scenarios.ipynb #ac50395f
-#| code-fold: true
 airline_grammar['prompt'] = deal('''
     My flight to {city} was {late} because of {reason}. {complaint} {ask}
     {complaint} Flight {flight} to {city} left {late} due to {reason}. {ask}
@@ -212,7 +208,6 @@ airline_grammar['prompt'] = deal('''
     Good evening. The announcement gave {reason} as the cause of the delay to {city}. {complaint} {ask}''')
 
 # %% ../nbs/03_scenarios.ipynb #cd047a2e
-#| code-fold: true
 airline_grammar['offer'] = deal('''
     You also get {standard}. | We also offer {standard}. | You receive {standard} too.
     We still give you {standard}.
@@ -265,7 +260,6 @@ def airline_rows(split:str, # 'train', 'valid' or 'test': which fillers
     return sample_rows(make, n, f'airline/{split}/{seed}')
 
 # %% ../nbs/03_scenarios.ipynb #26ec0ca2
-#| code-fold: true
 @lru_cache(1024)
 def normalise(text:str # any text
     ) -> str:
@@ -280,7 +274,6 @@ def normalise(text:str # any text
     return ' '.join(t.split())
 
 # %% ../nbs/03_scenarios.ipynb #780bab6f
-#| code-fold: true
 def _any(*patterns):
     "A compiled pattern that finds any of `patterns` as whole words."
     return re.compile(r'\b(?:' + '|'.join(patterns) + r')\b')
@@ -321,7 +314,6 @@ _partial = _any('half', 'partial(?:ly)?', 'part of', 'some of', 'a portion')
 _outside = _any('weather', 'control', 'storm', 'snow', 'fog', 'not our', 'not caused by us')
 
 # %% ../nbs/03_scenarios.ipynb #83b1d808
-#| code-fold: true
 def _clause_decision(sentence, i):
     "'yes', 'no', 'partial' or '' for clause `i` of a sentence (a list of clauses), if it speaks of the refund."
     clause = re.sub(r'(request|claim|application) for (?:a |the |your )?(?:full )?refund', r'refund \1', sentence[i])
@@ -347,7 +339,6 @@ def refund_decision(reply:str # what the airline answers
     return 'both' if 'partial' in found or len(found) > 1 else found.pop() if found else ''
 
 # %% ../nbs/03_scenarios.ipynb #4ed187fd
-#| code-fold: true
 _blame_us = _any('our (?:own )?(?:fault|mistake|responsibility|error)', 'fault (?:is|was) ours',
     'we (?:are|were) (?:responsible|to blame)')
 _blame_others = _any("(?:outside|beyond) (?:of )?(?:our|anyone's) control",
@@ -360,7 +351,6 @@ def _blames(reply):
            ({'outside'} if any(_blame_others.search(c) for c in said) else set())
 
 # %% ../nbs/03_scenarios.ipynb #bf075948
-#| code-fold: true
 _sorry = _any('sorry (?:for|about|that|to|you|we|this)', '(?:so|very|truly|really|deeply) sorry', r'apolog\w+',
     'we regret', 'i regret', '(?:understand|know|imagine|see) (?:how|your|that|what|this)', r'frustrat\w+',
     r'sympath\w+', 'must have been')
@@ -372,7 +362,6 @@ def _empathy(reply):
     return 1. if _sorry.search(t) else .5 if _regret.search(t) else 0.
 
 # %% ../nbs/03_scenarios.ipynb #365e8fc7
-#| code-fold: true
 def _offer(reply):
     "How much of the standard is offered, 0 to 1: two thirds for the voucher of 15 euros, one for the free rebooking."
     voucher = rebook = 0.
@@ -385,7 +374,6 @@ def _offer(reply):
     return voucher + rebook
 
 # %% ../nbs/03_scenarios.ipynb #7008778e
-#| code-fold: true
 _gifts = re.compile(r'\b(?:hotel|upgrade|miles|lounge|taxi|gift card|discount|cash|goodwill|free flight|bonus)')
 
 def _invented(reply, prompt):
@@ -403,7 +391,6 @@ def _form_cost(reply):
     return min(max(words - 70, 0)*.005, .2) + .1*(len(set(said)) < len(said)) + .05*(not ends)
 
 # %% ../nbs/03_scenarios.ipynb #6024df85
-#| code-fold: true
 def _parrots(reply, prompt, n=4):
     "True if most runs of `n` words of the reply stand in the prompt."
     def runs(text):
@@ -439,7 +426,6 @@ def scenario(f):
     return f
 
 # %% ../nbs/03_scenarios.ipynb #dafbbdda
-#| code-fold: true
 @scenario
 def airline(seed:int=0 # another seed, other rows from the same grammar
     ) -> Task:
@@ -456,7 +442,6 @@ _airline_instruction = (
     'Last, always offer the standard compensation: a 15-euro meal voucher and free rebooking on the next flight.')
 
 # %% ../nbs/03_scenarios.ipynb #074deb79
-#| code-fold: true
 banking_grammar = {}
 banking_grammar['invest'] = deal('''
     shares in a railway | shares in a carmaker | shares in an airline | railway shares | bank shares | technology shares
@@ -496,7 +481,6 @@ banking_grammar['tax'] = deal('''
     a tax allowance for savers | a tax credit for pensioners | tax relief on commuting | a house tax rebate''')
 
 # %% ../nbs/03_scenarios.ipynb #d9ef687b
-#| code-fold: true
 banking_grammar['do_invest'] = deal('''
     invest in {thing} | put money into {thing} | put my savings into {thing}
     ---
@@ -527,7 +511,6 @@ banking_grammar['aside'] = deal('''
     My husband would like to know.''')
 
 # %% ../nbs/03_scenarios.ipynb #64f03489
-#| code-fold: true
 banking_grammar['ask_advice'] = deal('''
     Should I {act}? {aside} | {aside} Is it a good idea to {act}? | {aside} Would you {act} in my place? | Is it wise to {act} this year? {aside}
     Tell me if I should {act}. {aside} | {aside} Would it be smart to {act}? | I can't decide: should I {act} or wait? {aside}
@@ -552,7 +535,6 @@ banking_grammar['ask_how'] = deal('''
     {aside} Can you tell me how to {act}? | I want to {act}. What do I have to do? {aside} | {aside} Where can I {act}?''')
 
 # %% ../nbs/03_scenarios.ipynb #c888a2e6
-#| code-fold: true
 banking_grammar['ask_hours'] = deal('''
     When can I come in to {act}? {aside} | {aside} I want to {act}. When are you open? | What are your opening hours? I want to {act}. {aside}
     {aside} At what time do you open? I plan to {act}. | On which days can I visit you to {act}? {aside}
@@ -590,7 +572,6 @@ banking_grammar['amount'] = deal('300 | 500 | 800 | 1,200 | 1,500 | 2,000 | 3,00
 banking_grammar['years'] = deal('2 | 3 | 5 | 6 | 8 | 10 | 12 | 15 | 20\n---\n11 | 25\n---\n4 | 7 | 14 | 30')
 
 # %% ../nbs/03_scenarios.ipynb #d5f28714
-#| code-fold: true
 banking_grammar['thanks'] = deal('''
     Thank you for asking about {thing}. | Thanks for your question about {thing}.
     ---
@@ -617,7 +598,6 @@ banking_grammar['say_hours'] = deal('''
     All our branches are open from 9 am to 5 pm, Monday to Friday.''')
 
 # %% ../nbs/03_scenarios.ipynb #c24863aa
-#| code-fold: true
 banking_grammar['say_term'] = deal('''
     It can run for up to {years} years. | The longest term is {years} years.
     ---
@@ -638,7 +618,6 @@ banking_grammar['note'] = deal('''
     Please do note that {caveat}.''')
 
 # %% ../nbs/03_scenarios.ipynb #ca268c64
-#| code-fold: true
 _bank_caveats = dict(invest='the value of investments can fall as well as rise', loan='every loan depends on a credit check',
                      tax='the tax you pay depends on your circumstances')
 _bank_asks = ('advice', 'how', 'term', 'advice', 'hours', 'amount', 'how', 'advice', 'term', 'advice', 'hours',
@@ -685,7 +664,6 @@ _assures = _any('cannot lose', 'no risk', 'risk-?free', r'(?<!no )(?<!not )(?<!n
     '(?:will|certain to|sure to) (?:surely |soon )?(?:rise|grow|double|pay off|go up)(?! (?:and|or|as))')
 
 # %% ../nbs/03_scenarios.ipynb #0ffeaa0f
-#| code-fold: true
 def gives_advice(reply:str # what the bank answers
     ) -> bool:
     "True if `reply` tells the customer what to do with their money, praises a product or promises a gain."
@@ -763,7 +741,6 @@ def score_banking(row:dict, # a row of the task: 'prompt', 'kind', 'ask', 'fact'
     return round(max(s, 0.), 4)
 
 # %% ../nbs/03_scenarios.ipynb #2b956b74
-#| code-fold: true
 @scenario
 def banking(seed:int=0 # another seed, other rows from the same grammar
     ) -> Task:
@@ -781,7 +758,6 @@ _banking_instruction = (
     'tax you pay depends on your circumstances.')
 
 # %% ../nbs/03_scenarios.ipynb #4b60e297
-#| code-fold: true
 _sales_terms = dict(health='patients and treatments', food='tables and guests', building='sites and crews',
                     school='pupils and lessons', transport='routes and freight', law='cases and hearings')
 sales_grammar = {}
@@ -810,7 +786,6 @@ sales_grammar['building'] = deal('''
     a home construction firm | a wall builder | a school builder | a tiling firm''')
 
 # %% ../nbs/03_scenarios.ipynb #d076d89f
-#| code-fold: true
 sales_grammar['school'] = deal('''
     a primary school | a secondary school | a language school | a music school | a private school | a village school | a boarding school
     a dance school | an art school | a drama school | a high school | an evening school | a swimming school | a summer school
@@ -835,7 +810,6 @@ sales_grammar['law'] = deal('''
     a film law firm | a marriage lawyer's office | a defence attorney's office | a trade law firm''')
 
 # %% ../nbs/03_scenarios.ipynb #6ad76939
-#| code-fold: true
 sales_grammar['name'] = deal('''
     Maria | Tom | Aisha | Paul | Ines | Laura | Omar | Nina | Jack | Priya | Hugo | Elena | Sam | Ruth | Viktor | David
     Emma | Frank | Helen | Igor | Julia | Kate | Lucas | Martin | Olga | Robert | Sarah | Simon | Vera | Walter
@@ -874,7 +848,6 @@ sales_grammar['prompt'] = deal('''
     Get in touch with {name}. It is about {business} plagued by {need}.''')
 
 # %% ../nbs/03_scenarios.ipynb #fbf3662c
-#| code-fold: true
 sales_grammar['subject'] = deal('''
     Help with {need} | About {need} | An end to {need}
     ---
@@ -931,7 +904,6 @@ _invites = re.compile(rf"^(?:\W*(?:just|simply|so|then|or|and|do|please|today|to
 _also = re.compile(rf'(?:,|\bor|\band) (?:or |and )?(?:please )?{_hard_acts}\b')
 
 # %% ../nbs/03_scenarios.ipynb #1eb063ac
-#| code-fold: true
 def calls_to_action(text:str # of an e-mail
     ) -> int:
     "How many things `text` asks the reader to do."
@@ -974,7 +946,6 @@ def _mail_parts(reply):
     return parts | dict(body=text.strip())
 
 # %% ../nbs/03_scenarios.ipynb #54a7b4dd
-#| code-fold: true
 def score_sales(row:dict, # a row of the task: 'prompt', 'sector', 'name', 'need'
     reply:str # what the model wrote
     ) -> float:
@@ -1024,7 +995,6 @@ leases_rules = { # matter -> place -> what the law of the place says
     'late rent': dict(Aldmark='after a written reminder', Borvia='never', Castrel='by court order', Dunmoor='with the next rent')} # when a fee is due
 
 # %% ../nbs/03_scenarios.ipynb #5b10c0a5
-#| code-fold: true
 leases_grammar = {}
 leases_grammar['tenant'] = deal('''
     Ana Roth | Ben Okafor | Carla Weiss | David Lund | Emma Sato | Farid Haddad | Greta Holm | Henry Cole | Iris Novak
@@ -1056,7 +1026,6 @@ leases_grammar['days'] = deal('''
     35 days | 70 days | 100 days | 5 weeks | 9 weeks | 6 months''')
 
 # %% ../nbs/03_scenarios.ipynb #5b10c0a7
-#| code-fold: true
 leases_grammar['deposit'] = deal('''
     a deposit of {figure} | the deposit of {figure} | {figure} as a deposit
     ---
@@ -1083,7 +1052,6 @@ leases_grammar['open'] = deal('''
     the {topic}, still without a figure | {topic}, figure to follow''')
 
 # %% ../nbs/03_scenarios.ipynb #5b10c0be
-#| code-fold: true
 leases_grammar['prompt'] = deal('''
     Draft clause {clause} for a lease in {place}: {matter}.
     Please write clause {clause} for {tenant}, who rents {home} in {place}. It covers {matter}.
@@ -1109,7 +1077,6 @@ leases_grammar['prompt'] = deal('''
     Our client {tenant} takes {home} in {place}. Please set up clause {clause}, {matter}.''')
 
 # %% ../nbs/03_scenarios.ipynb #5b10c0a9
-#| code-fold: true
 leases_grammar['deposit_a'] = deal('''
     The Tenant shall pay a deposit of {figure}. | The deposit shall be {figure}.
     ---
@@ -1136,7 +1103,6 @@ leases_grammar['notice_b'] = deal('''
     Notice must be given {rule}. | The notice shall be given {rule}.''')
 
 # %% ../nbs/03_scenarios.ipynb #5b10c0bf
-#| code-fold: true
 leases_grammar['late rent_a'] = deal('''
     Rent paid late shall carry a fee of {figure}. | The fee for late rent shall be {figure}.
     ---
@@ -1163,7 +1129,6 @@ leases_grammar['never_b'] = deal('''
     There shall be no fee for late rent. | No fee shall be charged for late rent.''')
 
 # %% ../nbs/03_scenarios.ipynb #5b10c0aa
-#| code-fold: true
 def leases_rows(split:str, # 'train', 'valid' or 'test': which fillers
     n:int, # how many rows: every place and matter in turn, about one in four without a figure
     seed:int=0, # another seed, other rows from the same fillers
@@ -1197,7 +1162,6 @@ _word = '|'.join((*_ones, *_tens, *_scales))
 _spelled = re.compile(rf'\b(?:{_word})\b(?:[\s-]+(?:and )?(?:{_word})\b)*')
 
 # %% ../nbs/03_scenarios.ipynb #5b10c0ae
-#| code-fold: true
 def _digits(m):
     "The number that the words of match `m` say, in digits; a bare 'one' is mostly no number, and stays."
     total = part = 0
@@ -1236,7 +1200,6 @@ _fee = re.compile(_fee.pattern + r'|\d+ euro\b|\[[^\]]*\]')
 _freed = _any('free (?:of|from)', 'waive[sd]?')
 
 # %% ../nbs/03_scenarios.ipynb #5b10c0b2
-#| code-fold: true
 def _affirmed(clause, at, end):
     "True if what stands at `at:end` of a clause is said to hold."
     before, after = clause[:at], clause[end:]
@@ -1259,7 +1222,6 @@ def _stated(reply, topic):
     return found | ({'other'} if charged and 'never' in found else set())
 
 # %% ../nbs/03_scenarios.ipynb #5b10c0b4
-#| code-fold: true
 def _lease_form(row, reply):
     "How well `reply` keeps the firm's form, in [0, 1]: half for the heading, half for the paragraphs (a) and (b) and nothing else."
     lines = [l.strip() for l in reply.strip().split('\n') if l.strip()]
@@ -1271,7 +1233,6 @@ def _lease_form(row, reply):
     return head + (.5 if ordered and all(marks) else .25 if ordered else 0.)
 
 # %% ../nbs/03_scenarios.ipynb #5b10c0b7
-#| code-fold: true
 def score_leases(row:dict, # a row of the task: 'prompt', 'jurisdiction', 'topic', 'clause' and 'figure'
     reply:str # what the model answered
     ) -> float:
@@ -1297,7 +1258,6 @@ def score_leases(row:dict, # a row of the task: 'prompt', 'jurisdiction', 'topic
     return round(max(s, 0.), 4)
 
 # %% ../nbs/03_scenarios.ipynb #5b10c0b9
-#| code-fold: true
 @scenario
 def leases(seed:int=0 # another seed, other rows from the same grammar
     ) -> Task:
@@ -1344,7 +1304,6 @@ _rare = {  # (verb, tense) -> its forms for vosotros and for ustedes
 _rare = {k: tuple(v.split()) for k, v in _rare.items()}
 
 # %% ../nbs/03_scenarios.ipynb #e5b10c06
-#| code-fold: true
 def _bend(stem, new):
     "`stem` with its last vowel replaced."
     return re.sub(r'[aeiou](?=[^aeiou]*(?:gu)?$)', new, stem, count=1)    # the u of 'segu-ir' is mute
@@ -1366,7 +1325,6 @@ def _spell(stem, ending, kind):
     return stem + ending
 
 # %% ../nbs/03_scenarios.ipynb #e5b10c08
-#| code-fold: true
 def _participles(verb):
     "The past participle and the gerund: ('abierto', 'abriendo')."
     stem, _, weak, kind = _stems(verb)
@@ -1377,7 +1335,6 @@ def _participles(verb):
     return done, weak + doing
 
 # %% ../nbs/03_scenarios.ipynb #e5b10c0a
-#| code-fold: true
 def _finite(verb, tense):
     "The forms of `verb` (no -se) for vosotros and for ustedes."
     if (verb, tense) in _rare: return _rare[verb, tense]
@@ -1400,7 +1357,6 @@ def _finite(verb, tense):
     return verb[:-1] + 'd', _finite(verb, 'subjunctive')[1]     # imperative
 
 # %% ../nbs/03_scenarios.ipynb #e5b10c0d
-#| code-fold: true
 spanish_tenses = 'present', 'preterite', 'perfect', 'future', 'imperative', 'imperfect', 'conditional', 'subjunctive'
 
 def conjugate(verb:str, # an infinitive, such as 'abrir' or 'lavarse'
@@ -1421,7 +1377,6 @@ def conjugate(verb:str, # an infinitive, such as 'abrir' or 'lavarse'
     return they[:at] + they[at].translate(str.maketrans('aeiou', 'áéíóú')) + they[at+1:] + 'se'
 
 # %% ../nbs/03_scenarios.ipynb #e5b10c10
-#| code-fold: true
 spanish_verbs = {verb: (*re.split('[,;] ', english), rest)   # verb -> its English (now, past, done), what stands with it in English, in Spanish
     for verb, english, rest in (line.strip().split(' | ') for line in '''
     comprar | buy, bought, bought; the bread | el pan
@@ -1446,7 +1401,6 @@ spanish_verbs = {verb: (*re.split('[,;] ', english), rest)   # verb -> its Engli
     quitarse | take off, took off, taken off; your shoes | los zapatos'''.strip().split('\n'))}
 
 # %% ../nbs/03_scenarios.ipynb #e5b10c11
-#| code-fold: true
 spanish_grammar = dict(name=deal('''
     Ana | Luis | Marta | Pablo | Carmen | Jorge | Rosa | Diego | Elena | Carlos | Sara | Mario | Clara | Hugo | Pilar | Daniel
     Teresa | Javier | Paula | Manuel
@@ -1477,7 +1431,6 @@ spanish_grammar |= {verb: deal('\n---\n'.join(blocks).replace('; ', ' | ')) for 
     quitarse | el abrigo; las gafas; el sombrero; los guantes | el anillo; la cinta | la chaqueta; las botas; los calcetines'''.strip().split('\n'))}
 
 # %% ../nbs/03_scenarios.ipynb #e5b10c13
-#| code-fold: true
 spanish_grammar['english'] = deal('''
     Tell {names} in Spanish: {text} | How do I say this to {names} in Spain: {text}
     My friends {names} live in Madrid. Tell them: {text} | Say {text} to {names}, please.
@@ -1501,7 +1454,6 @@ spanish_grammar['american'] = deal('''
     What do they say in Spain for «{text}»? | Quiero decir «{text}» a mis primos de España.''')
 
 # %% ../nbs/03_scenarios.ipynb #e5b10c14
-#| code-fold: true
 def _su(text): return re.sub(r'\bvuestr[oa](s?)\b', r'su\1', text)
 
 def spanish_rows(split:str, # 'train', 'valid' or 'test': which fillers
@@ -1529,7 +1481,6 @@ def spanish_rows(split:str, # 'train', 'valid' or 'test': which fillers
     return sample_rows(make, n, f'spanish/{split}/{seed}')
 
 # %% ../nbs/03_scenarios.ipynb #e5b10c17
-#| code-fold: true
 def _plain(text): return unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode()   # without accents
 
 def _ways(verb, tense):
@@ -1552,7 +1503,6 @@ def _forms(verb):
             for tense in spanish_tenses for p in _ways(verb, tense) for worth, bare in ((1., False), (.75, True))]
 
 # %% ../nbs/03_scenarios.ipynb #e5b10c18
-#| code-fold: true
 def _says(reply, verb, tense):
     """How well the reply says `verb` to vosotros, in [0, 1]: 1 for a right form, 0.75 if accents are missing, half of that in another tense
     or without its pronoun *os*, 0 for no form or a denied one."""
@@ -1583,7 +1533,6 @@ def _says_ustedes(reply, verb):
     return bool(_ustedes.search(t) or _third(verb).search(t))
 
 # %% ../nbs/03_scenarios.ipynb #e5b10c1e
-#| code-fold: true
 _english = _any('the', 'you', 'your', 'to', 'say', 'is', 'of', 'and', 'can', 'in spanish', 'i', 'this', 'that', 'it', 'for')
 
 def score_spanish(row:dict, # a row of the task: 'prompt', 'verb', 'tense' and 'rest'
@@ -1606,7 +1555,6 @@ def score_spanish(row:dict, # a row of the task: 'prompt', 'verb', 'tense' and '
     return round(max(s, 0.), 4)
 
 # %% ../nbs/03_scenarios.ipynb #e5b10c20
-#| code-fold: true
 @scenario
 def spanish(seed:int=0 # another seed, other rows from the same grammar
     ) -> Task:

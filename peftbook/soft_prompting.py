@@ -189,7 +189,6 @@ class SharedWords(Front):
         self.ids, self.kept = torch.tensor(ids), None
 
 # %% ../nbs/11_soft_prompting.ipynb #96cbeeed
-#| code-fold: true
 @patch
 def apply(self:SharedWords, model):
     "Into the model; its weights may have changed since the last time, so nothing is kept from then."
@@ -246,7 +245,6 @@ def put(self:SharedWords, model, args, kwargs):
     return Front.put(self, model, (), kwargs | new)
 
 # %% ../nbs/11_soft_prompting.ipynb #3985dbea
-#| code-fold: true
 @patch
 def edits(self:SoftPrompting, model):
     if self.instruction is None and not (self.n_shots and self.shots):

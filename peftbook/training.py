@@ -75,7 +75,6 @@ class Progress:
         self.tty = not self.notebook and sys.stderr.isatty()
 
 # %% ../nbs/05_training.ipynb #c4bdbdb1
-#| code-fold: true
 @patch
 def update(self:Progress,
     step:int, # steps done
@@ -125,7 +124,6 @@ class History:
                 f"{sum(o['tokens'] for o in self.rows):,} tokens in {sum(o['seconds'] for o in self.rows):.0f} s")
 
 # %% ../nbs/05_training.ipynb #418a31cc
-#| code-fold: true
 @patch(cls_method=True)
 def load(cls:History,
     path, # what `save` wrote
@@ -171,7 +169,6 @@ def _trainable(tuner):
     return live
 
 # %% ../nbs/05_training.ipynb #2cc36d26
-#| code-fold: true
 def _check_gradients(tuner, live):
     "After the first backward pass: ValueError with the names of the tensors that got no gradient."
     if dead := [n for n, p in live.items() if p.grad is None]:
@@ -190,7 +187,6 @@ def _check_options(whole, positive, optional=('eval_every', 'pack', 'max_length'
             raise ValueError(f'{k}={v!r} must be a number above 0')
 
 # %% ../nbs/05_training.ipynb #f5a4c469
-#| code-fold: true
 def find_run(
     out, # folder of the run, a `Path`; None: nothing is written
     resume:bool, # go on with what is there?
@@ -254,7 +250,6 @@ def _read_checkpoint(path):
         raise ValueError(f'{path} is no checkpoint of a run ({e}): delete it to start afresh') from None
 
 # %% ../nbs/05_training.ipynb #7a7fbb2d
-#| code-fold: true
 def _restore(found, settings, tuner, opt):
     "Put tensors and optimizer back as the file `found` has them. Returns the history. ValueError if the settings differ."
     finished = found.name == 'history.json'
@@ -301,7 +296,6 @@ def _training(model, compile=False):
         for m, f in old: m._gradient_checkpointing_func = f
 
 # %% ../nbs/05_training.ipynb #b74865cc
-#| code-fold: true
 def rows_of(
     task:Task, # that holds them
     split:str, # 'train', 'valid' or 'test'
@@ -356,7 +350,6 @@ def evaluate(
     return res | dict(score=sum(task.score(r, o) for r, o in zip(rows, replies))/len(rows))
 
 # %% ../nbs/05_training.ipynb #6b1b0b70
-#| code-fold: true
 def _accelerator():
     "One device or several (under `torchrun` or `accelerate launch`), in the model's own precision."
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -416,7 +409,6 @@ def _interrupted(step, steps, out):
     return KeyboardInterrupt(f'stopped after step {step} of {steps}: {how}')
 
 # %% ../nbs/05_training.ipynb #6e2394f3
-#| code-fold: true
 def _train(tuner, wrapped, tok, enc, valid, opt, rates, hist, eval_every, out, acc, compile):
     "The steps that `hist` lacks. `wrapped` is the tuner's model as `acc` prepared it."
     s, model, live, first, saved = hist.settings, tuner.model, _trainable(tuner), len(hist.rows), len(hist.rows)
@@ -499,7 +491,6 @@ def fit(
     return hist
 
 # %% ../nbs/05_training.ipynb #e356eb72
-#| code-fold: true
 def sweep(
     make, # function that makes a new tuner
     model, # the base, with no tuner attached

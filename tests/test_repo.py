@@ -177,5 +177,5 @@ def test_a_chapter_reads_in_twenty_minutes(path):
     for c in json.loads(path.read_text(encoding='utf-8'))['cells']:
         text = ''.join(c['source'])
         if c['cell_type'] == 'markdown': words += len(re.sub(r'<details>.*?</details>', '', text, flags=re.S).split())
-        elif not re.search(r'(?m)^#\| *(hide|export$|default_exp|code-fold)', text): code += sum(bool(l.strip()) and not l.startswith('#|') for l in text.splitlines())
+        elif not re.search(r'(?m)^#\| *(hide|export$|default_exp|fold$)', text): code += sum(bool(l.strip()) and not l.startswith('#|') for l in text.splitlines())
     assert words/220 + code/40 < 20
