@@ -873,7 +873,6 @@ sales_grammar['call'] = deal('''
     Could we talk on Wednesday? | May I call you on Monday?
     ---
     May I call you on Thursday? | Could we talk on Friday? | May I show it to you next week?''')
-
 def sales_rows(split:str, # 'train', 'valid' or 'test': which fillers
     n:int, # how many rows, as many of each industry
     seed:int=0 # another seed, other rows from the same fillers

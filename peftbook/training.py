@@ -475,8 +475,7 @@ def fit(
     _check_options(options | dict(eval_every=eval_every), dict(lr=lr, clip=clip))
     rates = [lr*o for o in lr_schedule(schedule, steps, warmup)]
     valid = encode_rows(tok, rows_of(task, 'valid')[:128], tuner, _longest(model))[0] if eval_every else None
-    if compile: blocks_to_compile(model)
-    found, acc = find_run(out, resume), _accelerator()
+    found, acc, _ = find_run(out, resume), _accelerator(), compile and blocks_to_compile(model)     # or a clear error
     if out and acc.is_main_process: _check_writable(out)
     enc = _encode_train(tok, rows_of(task, 'train'), tuner, _longest(model, max_length), pack, acc.is_main_process)
     more = dict(lr=lr, warmup=warmup, schedule=schedule, clip=clip, seed=seed, processes=acc.num_processes)
