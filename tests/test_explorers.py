@@ -4,7 +4,7 @@ import base64, re
 import pytest, torch
 
 from peftbook.core import fingerprint
-from peftbook.explorers import Explorer, _quick_plan, explore_bits, explore_memory, explore_rank, playground
+from peftbook.explorers import Explorer, _config, _few, _quick_plan, explore_bits, explore_memory, explore_rank, playground
 from peftbook.lora import LoRA
 from peftbook.models import generate, tiny_model
 from peftbook.planner import gpus, plan
@@ -67,8 +67,10 @@ def test_memory_says_what_fits_nowhere_and_what_cannot_be():
     assert 'fits on none of' in e.words
 
 def test_few_layers_say_what_all_take_where_the_peak_moves_to_another_phase():
-    how = dict(batch=1, seq=64) # two layers need most in the backward pass, thirty in the optimizer's step
-    assert max(_quick_plan('smollm2-135m', 'full', **how).phases, key=_quick_plan('smollm2-135m', 'full', **how).phases.get) == 'step'
+    how, config = dict(batch=8, seq=64), _config('smollm2-135m')[1] # two layers need most in the backward pass (the embedding's gradient), thirty in the forward (what it keeps)
+    config.num_hidden_layers = _few
+    peak = lambda p: max(p.phases, key=p.phases.get)
+    assert (peak(plan(config, 'full', **how)), peak(_quick_plan('smollm2-135m', 'full', **how))) == ('backward', 'forward')
     for method in ('full', 'prefix_tuning', 'soft_prompting'): assert _quick_plan('smollm2-135m', method, **how).parts == plan('smollm2-135m', method, **how).parts
 
 def test_playground_answers_with_the_adapter_chosen(tmp_path):
