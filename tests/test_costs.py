@@ -21,3 +21,13 @@ def test_the_profiler_is_silent(capfd):
 
 def test_another_device_says_what_there_is():
     with pytest.raises(ValueError, match="device='mps'.*'cpu' and 'cuda'"): peak_bytes(lambda: None, 'mps')
+
+def test_the_colours_of_the_style_are_no_method_s():
+    "Else a line that is no method's would look like one."
+    from matplotlib.colors import to_rgb
+    from matplotlib.rcsetup import validate_cycler
+    from peftbook.compare import lecture
+    from peftbook.models import figure_style
+    style, methods = [to_rgb(c['color']) for c in validate_cycler(figure_style['axes.prop_cycle'])], [to_rgb(look_of(m)['color']) for m in lecture]
+    assert len(set(style)) == 10 # as many as the planner has parts
+    for c in style: assert min(sum((x - y)**2 for x, y in zip(c, m))**.5 for m in methods) > .15

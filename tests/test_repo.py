@@ -168,6 +168,17 @@ def test_imports_have_cells_of_their_own(path):
 @each_notebook
 def test_notebooks_keep_no_widget_state(path): assert 'widgets' not in read_nb(path)['metadata']
 
+@each_notebook
+def test_figures_have_the_look_of_the_book(path):
+    "A chapter that draws takes the style first, and names no colour of its own but black, white and greys: a method's comes from `look_of`, the others' from the style."
+    if path.name == '99_dev.ipynb': return
+    cells = [python_of(c) for _, c in code_cells(path)]
+    draws = [i for i, t in enumerate(cells) if 'plt.subplots(' in t and 'import matplotlib' not in t]
+    if not draws: return
+    assert any('plt.rcParams.update(figure_style)' in t for t in cells[:draws[0]])
+    named = {c for i in draws for c in re.findall("'(#[0-9a-f]{3,6})'", cells[i])}
+    assert not [c for c in named if not re.fullmatch(r'#(..)\1\1|#(.)\2\2', c)]
+
 def test_front_page_is_fast(): assert not [i for i, c in code_cells(nbs/cfg['readme_nb']) if 'slow' in directives(c)]
 
 @pytest.mark.parametrize('path', [p for p in sorted((root/'nbs').glob('[0-9]*.ipynb'))], ids=lambda p: p.stem)
