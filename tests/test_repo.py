@@ -176,7 +176,7 @@ def test_figures_have_the_look_of_the_book(path):
     draws = [i for i, t in enumerate(cells) if 'plt.subplots(' in t and 'import matplotlib' not in t]
     if not draws: return
     assert any('plt.rcParams.update(figure_style)' in t for t in cells[:draws[0]])
-    named = {c for i in draws for c in re.findall("'(#[0-9a-f]{3,6})'", cells[i])}
+    named = {c for _, o in code_cells(path) if not directives(o).keys() & {'export', 'exports'} for c in re.findall("'(#[0-9a-f]{3,6})'", source(o))}
     assert not [c for c in named if not re.fullmatch(r'#(..)\1\1|#(.)\2\2', c)]
 
 def test_front_page_is_fast(): assert not [i for i, c in code_cells(nbs/cfg['readme_nb']) if 'slow' in directives(c)]
