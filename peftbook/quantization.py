@@ -183,7 +183,7 @@ def full_scales(self:QuantizedTensor) -> torch.Tensor: # float32, one per block
     return _unnest(t['scales'], t['scale_max'], t['scale_mean']) if 'scale_max' in t else t['scales']
 
 # %% ../nbs/30_quantization.ipynb #31adeaa2
-_chunk = 3*2**13 # weights at a time: what is made on the way stays in the cache, and torch starts no threads for so few, which wait on busy machines
+_chunk = 2**18 # weights at a time: few enough that what is made on the way is a few MB, and so many that the cores seldom wait for one another
 
 def _steps(n, block):
     "Cut `n` weights into runs of whole blocks, all but the last two of whole bytes; what is left of the last block is a run of its own."

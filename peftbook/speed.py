@@ -7,7 +7,7 @@ __all__ = ['supervised_loss', 'attention', 'fast_attention', 'fast_layers', 'blo
 
 # %% ../nbs/04_speed.ipynb #70fb2c80
 import inspect, os, shutil, sys, time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 
 import torch, torch.nn.functional as F
@@ -36,7 +36,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy): return ctx.saved_tensors[0]*dy, None
+    def backward(ctx, dy): return ctx.saved_tensors[0].mul_(dy), None # where it lies: a second way back raises
 
 # %% ../nbs/04_speed.ipynb #6ef79726
 def supervised_loss(
@@ -56,7 +56,21 @@ def supervised_loss(
     hook = head.register_forward_pre_hook(select)
     try: logits = model(**{k: batch[k] for k in _inputs if k in batch}, use_cache=False).logits
     finally: hook.remove()
-    return _CrossEntropy.apply(logits[0], target[idx]), len(idx)
+    return _CrossEntropy.apply(logits.squeeze(0), target[idx]), len(idx)
+
+# %% ../nbs/04_speed.ipynb #04a7e051
+@contextmanager
+def _products_in_bf16():
+    "Within it a processor's units for bf16 make the products of fp32 numbers; the sums stay in fp32."
+    how = torch.backends.mkldnn.matmul
+    was, how.fp32_precision = how.fp32_precision, 'bf16'
+    try: yield
+    finally: how.fp32_precision = was
+
+def _pieces(P):
+    "The rows of P as slices, each with no more than `_at_once` numbers or a single row; all at once for a compiler, which fuses what is done to them."
+    n = len(P) if torch.compiler.is_compiling() else max(1, _at_once//P[0].numel())
+    return [slice(i, i+n) for i in range(0, len(P), n)]
 
 # %% ../nbs/04_speed.ipynb #04a7e002
 class _MatmulAttention(torch.autograd.Function):
@@ -65,11 +79,15 @@ class _MatmulAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, mask, scaling):
         (B, H, T, w), (G, S) = q.shape, k.shape[1:3]
         if mask is None: mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()[None, None]
-        M = torch.zeros(mask.shape, device=q.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
+        M = torch.zeros(mask.shape, device=q.device).masked_fill_(~mask, torch.finfo(torch.float32).min).expand(B, 1, T, S)
         q = q.reshape(B, G, H//G*T, w)
-        scores = (q.float()*scaling) @ k.float().mT # scores may be large: in half precision their rounding would be seen
-        scores.view(B, G, H//G, T, S).add_(M[:, :, None])
-        P = scores.softmax(-1).to(q.dtype)
+        P = q.new_empty(B, G, H//G*T, S)
+        for i in _pieces(P):
+            scores = q.new_empty(P[i].shape, dtype=torch.float32) # they may be large: in half precision their rounding would be seen
+            scores.view(-1, G, H//G, T, S).copy_(M[i, :, None])
+            exact = q.dtype == torch.bfloat16 and not torch.compiler.is_compiling() # a setting is nothing that a compiler could follow
+            with _products_in_bf16() if exact else nullcontext(): scores.flatten(0, 1).baddbmm_(q[i].float().flatten(0, 1), k[i].float().flatten(0, 1).mT, alpha=scaling)
+            P[i] = scores.softmax(-1)
         ctx.save_for_backward(q, k, v, P)
         ctx.scaling = scaling
         return (P @ v).view(B, H, T, -1) # values may be of another width than keys
@@ -78,10 +96,13 @@ class _MatmulAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         q, k, v, P = ctx.saved_tensors
-        B, H, T, _ = dy.shape
+        H, T = dy.shape[1:3]
         dy = dy.reshape(*q.shape[:3], -1)
-        dS = torch.ops.aten._softmax_backward_data(dy @ v.mT, P, -1, P.dtype).mul_(ctx.scaling)
-        return (dS @ k).view(B, H, T, -1), dS.mT @ q, P.mT @ dy, None, None
+        dq, dk, dv = (q.new_empty(o.shape) for o in (q, k, v))
+        for i in _pieces(P):
+            dS = torch.ops.aten._softmax_backward_data(dy[i] @ v[i].mT, P[i], -1, P.dtype).mul_(ctx.scaling)
+            for d, a, b in ((dq, dS, k), (dk, dS.mT, q), (dv, P[i].mT, dy)): torch.matmul(a, b[i], out=d[i])
+        return dq.view(len(q), H, T, -1), dk, dv, None, None
 
 # %% ../nbs/04_speed.ipynb #04a7e007
 _sooner = {'cpu'} # devices where the products are; a plan of a step without data counts 'meta' as one
@@ -92,7 +113,7 @@ def attention(module, query, key, value, attention_mask, dropout=0., scaling=Non
     plain = T == S and getattr(module, 'is_causal', True) if attention_mask is None else attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
     trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     odd = dropout or kwargs.get('softcap') is not None or kwargs.get('position_bias') is not None or kwargs.get('is_causal') is False
-    if query.device.type in _sooner and query.dtype.itemsize == 2 and trains and T*S <= 512*512 and plain and not odd:
+    if query.device.type in _sooner and query.dtype.itemsize == 2 and trains and T*S <= 384*384 and plain and not odd:
         return _MatmulAttention.apply(query, key, value, attention_mask, query.shape[-1]**-.5 if scaling is None else scaling).transpose(1, 2).contiguous(), None
     from transformers import AttentionInterface
     return AttentionInterface()['sdpa'](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -124,10 +145,12 @@ class _Norm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, w, r = ctx.saved_tensors
-        d = dy*w
-        along = (d*x).sum(-1, keepdim=True, dtype=r.dtype).mul_(r**3).div_(-x.shape[-1])
-        dx = _times(d, r).addcmul_(x, along.to(x.dtype)) if ctx.needs_input_grad[0] else None
-        dw = (dy*_times(x, r)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            wide = w if x.is_cuda else w.to(r.dtype) # as torch's kernels want it
+            dx = torch.ops.aten.native_layer_norm_backward(dy.contiguous(), x.contiguous(), w.shape, torch.zeros_like(r), r, wide, None, (True, False, False))[0]
+            dx += ((dy @ w)[..., None]*r).div_(len(w)).to(x.dtype)
+        if ctx.needs_input_grad[1]: dw = (dy*_times(x, r)).flatten(0, -2).sum(0) # torch's would sum it in half precision
         return dx, dw, None
 
 # %% ../nbs/04_speed.ipynb #04a7e033
@@ -177,7 +200,7 @@ def _by_halves(rows, n_in, n_out, turned, dtype, threads):
     a, b = (torch.randn(*s, generator=g).to(dtype) for s in ((rows, n_in), (n_out, n_in) if turned else (n_in, n_out)))
     if turned: b = b.T
     took = {f: [] for f in (torch.mm, _halves)}
-    for _ in range(4):
+    for _ in range(9):
         for f in took:
             t = time.perf_counter()
             f(a, b)
