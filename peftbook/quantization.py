@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from .core import *
 from .models import *
 from .models import _best_device, _best_dtype, _find, _named, _quiet, _read_tok
+from .speed import _product
 
 # %% ../nbs/30_quantization.ipynb #25dbe80e
 def normal_float(
@@ -367,19 +368,21 @@ def __repr__(self:QuantizedTensor):
 # %% ../nbs/30_quantization.ipynb #6688ae1c
 class QuantMatmul(torch.autograd.Function):
     """`x W^T + bias` with a W that is in few bits: it is made dense for the product and dropped, and made again for the backward.
-    x: tokens x in. Nothing is kept for the backward but the layer; the gradient goes to x and bias alone, for the codes are frozen."""
+    x: ... x in. Nothing is kept for the backward but the layer; the gradient goes to x and bias alone, for the codes are frozen."""
     @staticmethod
     def forward(ctx, x, bias, layer):
         ctx.layer, ctx.dtype = layer, x.dtype
         dt = layer.compute_dtype or x.dtype
-        return nn.functional.linear(x.to(dt), layer.quantized.dequantize(dt), None if bias is None else bias.to(dt)).to(x.dtype)
+        y = _product(x.to(dt).flatten(0, -2), layer.quantized.dequantize(dt).T)
+        if bias is not None: y += bias.to(dt)
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         layer, dx, db = ctx.layer, None, None
         dt = layer.compute_dtype or ctx.dtype
-        if ctx.needs_input_grad[0]: dx = (dy.to(dt) @ layer.quantized.dequantize(dt)).to(ctx.dtype)
+        if ctx.needs_input_grad[0]: dx = _product(dy.to(dt).flatten(0, -2), layer.quantized.dequantize(dt)).view(*dy.shape[:-1], -1).to(ctx.dtype)
         if ctx.needs_input_grad[1]: db = dy.flatten(0, -2).sum(0).to(layer.bias.dtype)
         return dx, db, None
 

@@ -82,10 +82,10 @@ class _MatmulAttention(torch.autograd.Function):
         M = torch.zeros(mask.shape, device=q.device).masked_fill_(~mask, torch.finfo(torch.float32).min).expand(B, 1, T, S)
         q = q.reshape(B, G, H//G*T, w)
         P = q.new_empty(B, G, H//G*T, S)
+        exact = q.dtype == torch.bfloat16 and not torch.compiler.is_compiling() # a setting is nothing that a compiler could follow
         for i in _pieces(P):
             scores = q.new_empty(P[i].shape, dtype=torch.float32) # they may be large: in half precision their rounding would be seen
             scores.view(-1, G, H//G, T, S).copy_(M[i, :, None])
-            exact = q.dtype == torch.bfloat16 and not torch.compiler.is_compiling() # a setting is nothing that a compiler could follow
             with _products_in_bf16() if exact else nullcontext(): scores.flatten(0, 1).baddbmm_(q[i].float().flatten(0, 1), k[i].float().flatten(0, 1).mT, alpha=scaling)
             P[i] = scores.softmax(-1)
         ctx.save_for_backward(q, k, v, P)
@@ -100,8 +100,9 @@ class _MatmulAttention(torch.autograd.Function):
         dy = dy.reshape(*q.shape[:3], -1)
         dq, dk, dv = (q.new_empty(o.shape) for o in (q, k, v))
         for i in _pieces(P):
-            dS = torch.ops.aten._softmax_backward_data(dy[i] @ v[i].mT, P[i], -1, P.dtype).mul_(ctx.scaling)
-            for d, a, b in ((dq, dS, k), (dk, dS.mT, q), (dv, P[i].mT, dy)): torch.matmul(a, b[i], out=d[i])
+            dS = torch.ops.aten._softmax_backward_data(dy[i] @ v[i].mT, P[i], -1, P.dtype)
+            for d, a, b, s in ((dq, dS, k, ctx.scaling), (dk, dS.mT, q, ctx.scaling), (dv, P[i].mT, dy, 1)):
+                d[i].flatten(0, 1).baddbmm_(a.flatten(0, 1), b[i].flatten(0, 1), beta=0, alpha=s)
         return dq.view(len(q), H, T, -1), dk, dv, None, None
 
 # %% ../nbs/04_speed.ipynb #04a7e007
@@ -207,10 +208,15 @@ def _by_halves(rows, n_in, n_out, turned, dtype, threads):
             took[f].append(time.perf_counter() - t)
     return min(took[_halves][1:]) < .9*min(took[torch.mm][1:]) and torch.equal(_halves(a, b), a @ b)
 
+def _pays(rows, b):
+    "Is a product of so many rows with b (in x out) sooner by halves?"
+    threads = torch.get_num_threads()
+    return b.device.type == 'cpu' and b.dtype.itemsize == 2 and rows*b.numel() > 2**27 and threads > 1 and _by_halves(-(-rows//64)*64, *b.shape, b.stride(0) == 1, b.dtype, threads)
+
 def _product(a, b):
     "a (rows x in) @ b (in x out), whole or by halves."
-    pays = a.device.type == 'cpu' and a.dtype.itemsize == 2 and len(a)*b.numel() > 2**27 and torch.get_num_threads() > 1
-    return (_halves if pays and _by_halves(-(-len(a)//64)*64, *b.shape, b.stride(0) == 1, a.dtype, torch.get_num_threads()) else torch.mm)(a, b)
+    if torch.compiler.is_compiling(): return torch.cat([o @ b for o in a.tensor_split(2)]) if len(a) > 768 else a @ b # `compiled_layers` measured before
+    return (_halves if _pays(len(a), b) else torch.mm)(a, b)
 
 # %% ../nbs/04_speed.ipynb #04a7e048
 class _Linear(torch.autograd.Function):
@@ -230,7 +236,7 @@ class _Linear(torch.autograd.Function):
 
 def _linear(self, x):
     if x.device.type == 'cpu' and _trains(x, self.weight): return _Linear.apply(x, self.weight)
-    return type(self).forward(self, x)
+    return F.linear(x, self.weight)
 
 # %% ../nbs/04_speed.ipynb #04a7e037
 @cache
@@ -301,17 +307,40 @@ def blocks_to_compile(
     return blocks
 
 # %% ../nbs/04_speed.ipynb #04a7e042
+def _turned(q, k, cos, sin, unsqueeze_dim=1):
+    "Equation (4.5) for queries and keys, each half by itself: a compiler then needs no copy of the halves in turn."
+    (c, d), (s, t) = (o.unsqueeze(unsqueeze_dim).chunk(2, -1) for o in (cos, sin))
+    return tuple(torch.cat((a*c - b*s, b*d + a*t), -1) for a, b in (x.chunk(2, -1) for x in (q, k)))
+
+class _Halved(torch.nn.Linear):
+    "A layer of which some product is sooner by halves."
+    forward = _linear
+
+def _to_halve(blocks):
+    "The linear layers of blocks with a product, forward or back, that is sooner by halves at 1,024 rows."
+    return [m for b in blocks for m in b.modules() if type(m) is torch.nn.Linear and m.bias is None and (_pays(1024, m.weight.T) or _pays(1024, m.weight))]
+
+
+# %% ../nbs/04_speed.ipynb #04a7e053
 @contextmanager
 def compiled_layers(
     model, # see `blocks_to_compile`
 ):
     "Within it the blocks of a decoder run compiled when they train: once for all of a kind, for all lengths."
-    blocks, fast = blocks_to_compile(model), {}
-    for c in {type(m) for m in blocks}: fast[c] = torch.compile(c.forward, dynamic=True)
-    def forward(m, *args, **kwargs): return (fast if torch.is_grad_enabled() else plain)[type(m)](m, *args, **kwargs)
-    plain = {c: c.forward for c in fast}
+    blocks = blocks_to_compile(model)
+    plain = {type(m): type(m).forward for m in blocks}
+    fast = {c: torch.compile(f, dynamic=True) for c, f in plain.items()}
+    def forward(m, x, *args, **kwargs):
+        if not torch.is_grad_enabled(): return plain[type(m)](m, x, *args, **kwargs)
+        return fast[type(m)](m, x if x.requires_grad else x.detach().requires_grad_(), *args, **kwargs) # the first block is no other kind then
+    halved, files = _to_halve(blocks), [(o, o.apply_rotary_pos_emb) for o in _turning_modules(model)]
     for m in blocks: m.forward = partial(forward, m)
+    for m in halved: m.__class__ = _Halved # a class, not a function for each: the compiler takes layers of one class for one kind
+    for o, _ in files: o.apply_rotary_pos_emb = _turned
     try: yield
     finally:
         for m in blocks: del m.forward
+        for m in halved: m.__class__ = torch.nn.Linear
+        for o, f in files: o.apply_rotary_pos_emb = f
         torch.compiler.reset() # what is compiled counts against a limit that later runs share
+

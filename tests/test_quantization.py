@@ -116,6 +116,19 @@ def test_quantized_model_is_its_dequantized_weights(arch):
     torch.testing.assert_close(m(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
     assert storage_bytes(m) < storage_bytes(dense)
 
+def test_products_are_by_halves_where_those_are_sooner(monkeypatch):
+    "Forward and back, as a dense layer's; and a bias is added."
+    layer = quantize(torch.nn.Sequential(torch.nn.Linear(64, 48)).bfloat16())[0]
+    taken, product = [], Q._product
+    monkeypatch.setattr(Q, '_product', lambda a, b: taken.append(tuple(b.shape)) or product(a, b))
+    x = torch.randn(2, 3, 64).bfloat16().requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    assert taken == [(64, 48), (48, 64)]
+    W = layer.quantized.dequantize(torch.bfloat16)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, W, layer.bias), rtol=.02, atol=.02)
+    torch.testing.assert_close(x.grad, torch.ones_like(y) @ W)
+
 def test_backward_keeps_no_weight():
     lin = torch.nn.Linear(64, 32)
     l = QuantLinear(quantize_tensor(lin.weight), lin.bias)

@@ -12,7 +12,7 @@ from peftbook.full import Full
 from peftbook.lora import LoRA
 from peftbook.models import tiny_archs, tiny_model
 from peftbook.prefix_tuning import PrefixTuning
-from peftbook.speed import fast_attention, fast_layers, supervised_loss
+from peftbook.speed import compiled_layers, fast_attention, fast_layers, supervised_loss
 from peftbook.training import fit
 
 rows = [dict(prompt='why', completion='because it is so'), dict(prompt='how much is it, all in all?', completion='two'),
@@ -254,6 +254,34 @@ def test_compiled_a_run_is_the_same(make, checkpointing):
         tuner.detach()
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0][-1] != losses[0][0]
     assert not [m for m in model.modules() if 'forward' in vars(m)]
+
+@pytest.mark.parametrize('make', [LoRA, Full])
+def test_compiled_in_bf16_products_are_by_halves(make, monkeypatch):
+    "With the choice forced: loss and gradients are those of the plain step within rounding, and the layers are torch's own again."
+    monkeypatch.setattr(speed, '_pays', lambda rows, b: True)
+    model, tok = tiny_model('llama', dtype=torch.bfloat16)
+    batch = collate([encode(tok, r) for r in rows]*40, tok.pad_token_id)
+    assert batch['input_ids'].numel() > 768
+    torch.manual_seed(0)
+    tuner = make().attach(model)
+    for n, p in tuner.params.items():
+        if n.endswith('.B'): p.data.normal_(std=.02)
+    def one(way):
+        with way(model):
+            if way is compiled_layers: assert {type(m).__name__ for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)} == {'_Halved'}
+            return torch.cat([g.flatten().double() for g in grads(supervised_loss(model, batch)[0], list(tuner.params.values()))])
+    assert torch.cosine_similarity(one(compiled_layers), one(fast_layers), 0) > .999
+    assert {type(m) for m in model.modules() if isinstance(m, torch.nn.Linear)} == {torch.nn.Linear}
+    tuner.detach()
+
+def test_compiled_once_for_all_layers_and_lengths():
+    "The first block, below which nothing trains, is no other kind; nor is a batch of other rows."
+    model, tok = tiny_model('llama')
+    tuner = LoRA().attach(model)
+    with torch._dynamo.config.patch(error_on_recompile=True), compiled_layers(model):
+        for n in (3, 2): supervised_loss(model, collate([encode(tok, r) for r in rows[:n]], tok.pad_token_id))[0].backward()
+    assert all(p.grad is not None for p in tuner.params.values())
+    tuner.detach()
 
 def test_compiling_is_refused_where_it_cannot_work(tmp_path, monkeypatch):
     "Before anything is written: behind a prefix, on codes of few bits, without blocks, without a compiler."
