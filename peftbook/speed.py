@@ -215,7 +215,7 @@ def _pays(rows, b):
 
 def _product(a, b):
     "a (rows x in) @ b (in x out), whole or by halves."
-    if torch.compiler.is_compiling(): return torch.cat([o @ b for o in a.tensor_split(2)]) if len(a) > 768 else a @ b # `compiled_layers` measured before
+    if torch.compiler.is_compiling(): return torch.cat([o @ b for o in a.tensor_split(2)]) if len(a) > 768 else a @ b # a compiler can't measure: `compiled_layers` has
     return (_halves if _pays(len(a), b) else torch.mm)(a, b)
 
 # %% ../nbs/04_speed.ipynb #04a7e048
@@ -320,7 +320,6 @@ def _to_halve(blocks):
     "The linear layers of blocks with a product, forward or back, that is sooner by halves at 1,024 rows."
     return [m for b in blocks for m in b.modules() if type(m) is torch.nn.Linear and m.bias is None and (_pays(1024, m.weight.T) or _pays(1024, m.weight))]
 
-
 # %% ../nbs/04_speed.ipynb #04a7e053
 @contextmanager
 def compiled_layers(
@@ -343,4 +342,3 @@ def compiled_layers(
         for m in halved: m.__class__ = torch.nn.Linear
         for o, f in files: o.apply_rotary_pos_emb = f
         torch.compiler.reset() # what is compiled counts against a limit that later runs share
-
