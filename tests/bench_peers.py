@@ -247,9 +247,9 @@ def first_token(dtype, steps):
 # --- a whole run, from the rows to the last step
 
 def whole_side(which, dtype, steps):
-    "LoRA on the airline task: `fit`, or PEFT in transformers' Trainer with the same rows, order, rate and schedule."
+    "LoRA on the airline task: `fit`, or PEFT in transformers' Trainer with the same rows, rate and schedule; each in its own order."
     import torch
-    from peftbook.data import Batches, collate, encode_rows
+    from peftbook.data import collate, encode_rows
     from peftbook.lora import LoRA
     from peftbook.models import load_model
     from peftbook.scenarios import scenarios
@@ -262,15 +262,11 @@ def whole_side(which, dtype, steps):
     else:
         import peft, transformers
         enc = encode_rows(tok, task.train)[0]
-        order = Batches([len(e['input_ids']) for e in enc], LoRA.batch_size, 0)
-        rows = [collate([enc[i] for i in order[n]], tok.pad_token_id) for n in range(steps)] # a row of this dataset is a batch
-        class InOrder(transformers.Trainer):
-            def _get_train_sampler(self, *args): return torch.utils.data.SequentialSampler(self.train_dataset)
         with tempfile.TemporaryDirectory() as d:
-            args = transformers.TrainingArguments(d, per_device_train_batch_size=1, max_steps=steps, learning_rate=LoRA.lr, lr_scheduler_type='cosine', warmup_steps=round(.1*steps), weight_decay=0.,
+            args = transformers.TrainingArguments(d, per_device_train_batch_size=LoRA.batch_size, max_steps=steps, learning_rate=LoRA.lr, lr_scheduler_type='cosine', warmup_steps=round(.1*steps), weight_decay=0.,
                                                   max_grad_norm=1., logging_steps=1, report_to='none', save_strategy='no', disable_tqdm=True, use_cpu=True)
             m = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=['q_proj', 'v_proj'], lora_dropout=0.))
-            trainer = InOrder(m, args, train_dataset=rows, data_collator=lambda rows: rows[0])
+            trainer = transformers.Trainer(m, args, train_dataset=enc, data_collator=lambda rows: collate(rows, tok.pad_token_id))
             trainer.train()
         losses = [o['loss'] for o in trainer.state.log_history if 'loss' in o]
     print('>' + json.dumps(dict(seconds=time.perf_counter() - t, loss=sum(losses[-20:])/20)), flush=True)

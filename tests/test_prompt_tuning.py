@@ -6,9 +6,9 @@ from torch.nn.functional import cross_entropy
 
 from peftbook.core import Tuner, checkpoint_activations
 from peftbook.data import Task, collate, encode, pack
-from peftbook.models import generate, tiny_archs, tiny_model, tokenizer_of
+from peftbook.models import cache_name, generate, tiny_archs, tiny_model, tokenizer_of
 from peftbook.prompt_tuning import PromptTuning, general_text, words_for
-from peftbook.speed import supervised_loss
+from peftbook.speed import fast_attention, supervised_loss
 from peftbook.training import evaluate, fit
 
 ids = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
@@ -303,3 +303,67 @@ def test_no_warnings():
         warnings.simplefilter('error')
         loss_of(m(ids, use_cache=False).logits, ids).backward()
         m.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, pad_token_id=0)
+
+# --- in one line with the rows, while `fit` trains
+
+def batches_of(arch, tok):
+    "Rows as a collator leaves them: padded on the right, on the left, packed, and without a mask."
+    enc = rows_encoded(tok)
+    right = collate(enc, tok.pad_token_id)
+    lens = right['attention_mask'].sum(1).tolist()
+    left = {k: torch.stack([t.roll(len(t) - n) for t, n in zip(v, lens)]) for k, v in right.items() if k in ('input_ids', 'attention_mask', 'labels')}
+    return dict(right=right, left=left, packed=collate(pack(enc, 64), tok.pad_token_id), bare={k: right[k] for k in ('input_ids', 'labels')})
+
+@pytest.mark.parametrize('kind', ['right', 'left', 'packed', 'bare'])
+@pytest.mark.parametrize('arch', tiny_archs)
+def test_in_one_line_loss_and_gradient_are_the_same(arch, kind, monkeypatch):
+    "Vectors and rows go through the layers together, and the vectors once: as if they stood in the cache."
+    m, t = tuned(arch)
+    batch = batches_of(arch, tokenizer_of(m))[kind]
+    want = loss_and_grad(m, t, batch)
+    monkeypatch.setattr('peftbook.prompt_tuning.Front.put', None) # not called
+    seen = []
+    h = m.get_input_embeddings().register_forward_hook(lambda m, args, y: seen.append(args[0].shape))
+    with fast_attention(m): got = loss_and_grad(m, t, batch)
+    h.remove()
+    assert seen == [batch['input_ids'].shape]
+    same(got, want, 1e-5)
+
+def test_in_one_line_other_calls_are_as_ever():
+    "Within `fast_attention` too: a call that keeps its cache, that wants all states, that does not train; and one after a step that failed midway."
+    m, t = tuned('llama')
+    want, states = m(ids).logits, m(ids, output_hidden_states=True, use_cache=False).hidden_states
+    with fast_attention(m):
+        assert m(ids).logits.shape == want.shape and m(ids)[cache_name(m)].get_seq_length() == K + 6
+        with torch.no_grad(): same([m(ids, use_cache=False).logits], [want], 1e-5)
+        same(m(ids, output_hidden_states=True, use_cache=False).hidden_states, states, 1e-5)
+        def fails(*args): raise KeyboardInterrupt
+        h = m.model.layers[1].register_forward_pre_hook(fails)
+        with pytest.raises(KeyboardInterrupt): m(ids, use_cache=False)
+        h.remove()
+        same([m(ids).logits, m(ids, use_cache=False).logits], [want, want], 1e-5)
+    same([m(ids).logits], [want], 0)
+    t.detach()
+    assert not m.get_output_embeddings()._forward_pre_hooks
+
+def test_in_one_line_checkpointing_is_refused_as_ever():
+    m, t = tuned('llama')
+    m.train()
+    checkpoint_activations(m)
+    with fast_attention(m), pytest.raises(ValueError, match='does not survive gradient checkpointing'): supervised_loss(m, dict(input_ids=ids, labels=ids))
+
+@pytest.mark.parametrize('arch', tiny_archs)
+def test_in_one_line_in_half_precision(arch):
+    "No further from fp32's gradient than by way of the cache, over several batches, but for a fifth."
+    far = {True: 0., False: 0.}
+    for seed in range(6):
+        torch.manual_seed(seed)
+        batch = dict(input_ids=(x := torch.randint(5, 250, (3, 12))), labels=x)
+        exact = loss_and_grad(*tuned(arch), batch)[1].double()
+        for line in far:
+            m, t = tuned(arch, torch.bfloat16)
+            if line:
+                with fast_attention(m): g = loss_and_grad(m, t, batch)[1]
+            else: g = loss_and_grad(m, t, batch)[1]
+            far[line] += ((g.double() - exact).norm()/exact.norm()).item()
+    assert far[True] < 1.2*far[False] and far[True] < 6*.1

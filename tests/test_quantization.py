@@ -116,7 +116,7 @@ def test_quantized_model_is_its_dequantized_weights(arch):
     torch.testing.assert_close(m(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
     assert storage_bytes(m) < storage_bytes(dense)
 
-def test_products_are_by_halves_where_those_are_sooner(monkeypatch):
+def test_products_are_in_pieces_where_those_are_sooner(monkeypatch):
     "Forward and back, as a dense layer's; and a bias is added."
     layer = quantize(torch.nn.Sequential(torch.nn.Linear(64, 48)).bfloat16())[0]
     taken, product = [], Q._product

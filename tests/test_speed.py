@@ -214,25 +214,28 @@ def test_without_gradients_layers_are_transformers_own():
         want = model(ids).logits
         with fast_layers(model): assert torch.equal(model(ids).logits, want)
 
-@pytest.mark.parametrize('rows', [200, 256, 1000])
-def test_halves_are_the_product(rows):
-    "Cut where the library's blocks are: the rows of an odd number too; in both layouts of the second matrix."
+@pytest.mark.parametrize('rows', [7, 200, 256, 543, 545, 1000, 1124])
+def test_pieces_are_the_product(rows):
+    "Whatever the number of rows; in both layouts of the second matrix. The result is a tensor of its own, into which one may write."
     a, W = torch.randn(rows, 96).bfloat16(), torch.randn(64, 96).bfloat16()
-    for b in (W.T, W.T.contiguous()): torch.testing.assert_close(speed._halves(a, b), a @ b, rtol=.02, atol=.1)
+    for b in (W.T, W.T.contiguous()):
+        y = speed._in_pieces(a, b)
+        torch.testing.assert_close(y, a @ b, rtol=.02, atol=.1)
+        assert y.shape == (rows, 64) and y.is_contiguous() and not y._is_view()
 
-def test_halves_are_taken_only_where_they_are_the_same_and_sooner(monkeypatch):
-    speed._by_halves.cache_clear()
-    monkeypatch.setattr(speed, '_halves', lambda a, b: torch.zeros(len(a), b.shape[1], dtype=a.dtype)) # sooner, and wrong
-    assert not speed._by_halves(1024, 96, 64, True, torch.bfloat16, 2)
-    speed._by_halves.cache_clear()
+def test_pieces_are_taken_only_where_they_are_the_same_and_sooner(monkeypatch):
+    speed._sooner_in_pieces.cache_clear()
+    monkeypatch.setattr(speed, '_in_pieces', lambda a, b: torch.zeros(len(a), b.shape[1], dtype=a.dtype)) # sooner, and wrong
+    assert not speed._sooner_in_pieces(1024, 96, 64, True, torch.bfloat16, 2)
+    speed._sooner_in_pieces.cache_clear()
 
-def test_a_step_by_halves_has_the_same_gradients(monkeypatch):
+def test_a_step_in_pieces_has_the_same_gradients(monkeypatch):
     "With the choice forced, on a model in bf16: loss and gradients are those of whole products within rounding."
     model, tok = tiny_model('llama', dtype=torch.bfloat16)
     batch = collate([encode(tok, r) for r in rows]*40, tok.pad_token_id)
     taken = []
-    def product(a, b): taken.append(len(a)); return halves(a, b)
-    halves = speed._halves
+    def product(a, b): taken.append(len(a)); return pieces(a, b)
+    pieces = speed._in_pieces
     def one():
         with fast_layers(model): return torch.cat([g.flatten().double() for g in grads(supervised_loss(model, batch)[0], list(model.parameters()))])
     whole = one()
