@@ -52,13 +52,17 @@ class InLine(Front):
         super().__init__(len(prompt), lambda model: keys_values(model, prompt[None]), dict(prompt=prompt))
         self.prompt, self.shape = prompt, None # of the rows in line
 
+
+# %% ../nbs/12_prompt_tuning.ipynb #12a10005
 @patch
 def apply(self:InLine, model):
+    "`Front`'s hook, and one in front of the output head."
     Front.apply(self, model)
     self.at_head = model.get_output_embeddings().register_forward_pre_hook(self.apart)
 
 @patch
 def undo(self:InLine, model):
+    "Take both away."
     Front.undo(self, model)
     self.at_head.remove()
 
