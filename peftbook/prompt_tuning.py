@@ -52,7 +52,6 @@ class InLine(Front):
         super().__init__(len(prompt), lambda model: keys_values(model, prompt[None]), dict(prompt=prompt))
         self.prompt, self.shape = prompt, None # of the rows in line
 
-
 # %% ../nbs/12_prompt_tuning.ipynb #12a10005
 @patch
 def apply(self:InLine, model):
@@ -65,7 +64,6 @@ def undo(self:InLine, model):
     "Take both away."
     Front.undo(self, model)
     self.at_head.remove()
-
 
 # %% ../nbs/12_prompt_tuning.ipynb #12a10002
 @patch
@@ -93,7 +91,6 @@ def apart(self:InLine, head, args):
     "In front of the output head: the line's rows as rows again, without what stood in front of them."
     if self.shape is None: return
     return args[0][0, self.n_tokens:].unflatten(0, self.shape), *args[1:]
-
 
 # %% ../nbs/12_prompt_tuning.ipynb #45fce9c5
 class PromptTuning(Tuner):

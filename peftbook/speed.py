@@ -133,7 +133,6 @@ def _in_line(module, q, k, v, mask, **kwargs):
     each, _ = attention(module, rows(q), behind(k), behind(v), mask, **kwargs)
     return torch.cat((front, each.flatten(0, 1)[None]), 1), None
 
-
 # %% ../nbs/04_speed.ipynb #04a7e008
 def fast_attention(
     model, # a model of transformers; one that does not use SDPA is left as it is
@@ -225,7 +224,6 @@ def _in_pieces(a, b):
         i += n
     return y.resize_(len(a), b.shape[1]) # not a view: whoever gets it may write into it
 
-
 # %% ../nbs/04_speed.ipynb #04a7e064
 @cache
 def _sooner_in_pieces(rows, n_in, n_out, turned, dtype, threads):
@@ -245,14 +243,13 @@ def _pays(rows, b):
     "Is a product of so many rows with b (in x out) sooner in pieces? Numbers of rows between two multiples of 32 are one kind."
     threads = torch.get_num_threads()
     if b.device.type != 'cpu' or b.dtype.itemsize != 2 or rows*b.numel() <= 2**27 or threads < 2: return False
-    kind = -(-rows//32)*32 - 12*(rows%32 > 0)
+    kind = -(-rows//32)*32 - 12*(rows%32 > 0) # one number between two multiples stands for all of them
     return _sooner_in_pieces(kind, *b.shape, b.stride(0) == 1, b.dtype, threads)
 
 def _product(a, b):
     "a (rows x in) @ b (in x out), whole or in pieces."
     if torch.compiler.is_compiling(): return torch.cat([o @ b for o in a.tensor_split(2)]) if len(a) > 768 else a @ b # a compiler can't measure: `compiled_layers` has
     return (_in_pieces if _pays(len(a), b) else torch.mm)(a, b)
-
 
 # %% ../nbs/04_speed.ipynb #04a7e048
 class _Linear(torch.autograd.Function):
