@@ -6,7 +6,8 @@
 __all__ = ['main']
 
 # %% ../nbs/90_cli.ipynb #493761f3
-import argparse, inspect, json, shlex, sys
+import argparse, inspect, json, shlex, sys, textwrap
+from logging import ERROR, getLogger
 from pathlib import Path
 
 # %% ../nbs/90_cli.ipynb #b7c1dc79
@@ -42,11 +43,9 @@ def _task(args):
 # %% ../nbs/90_cli.ipynb #97b5d741
 def _answers(title, model, tok, task):
     "Print how the model answers the first test request, and return what it scores."
-    from peftbook.data import messages_of
     from peftbook.models import generate
-    from peftbook.training import evaluate
-    row = (task.test or task.train)[0]
-    asked = [m for m in messages_of(row) if m['role'] != 'assistant']
+    from peftbook.training import evaluate, question_of
+    asked = question_of((task.test or task.train)[0])
     print(f"\n{title}\n  request: {asked[-1]['content']}\n  answer:  {generate(model, tok, [asked])[0]}", flush=True)
     if not task.test: return None
     res = evaluate(model, tok, task, n=48)
@@ -88,7 +87,12 @@ def _tune(args):
     else: tuner.save(out) # words alone
     after = _answers('after', model, tok, task)
     write_atomic(Path(out)/'scores.json', json.dumps(dict(before=before, after=after), indent=2).encode())
-    print(f"\nthe adapter lies in {out}/ ({c['bytes']/1e6:.2f} MB). Ask it something:\n  peftbook generate --adapter {out} \"My flight was late because of snow.\"")
+    print(f"\nthe adapter lies in {out}/ ({c['bytes']/1e6:.2f} MB). Ask it something:\n  peftbook generate --adapter {shlex.quote(str(out))} {shlex.quote(_example(task))}")
+
+def _example(task):
+    "A request to try: the shortest of the task's, in one line."
+    from peftbook.training import question_of
+    return textwrap.shorten(min((question_of(r)[-1]['content'] for r in task.test or task.train), key=len), 100, placeholder=' ...')
 
 # %% ../nbs/90_cli.ipynb #c07b6147
 def _registry():
@@ -234,11 +238,16 @@ def main(
     try: args = _parser().parse_args(argv)
     except SystemExit as e: return e.code or 0
     args.words = sys.argv[1:] if argv is None else argv # as they were given
+    getLogger('bitsandbytes').setLevel(ERROR) # it warns of kernels that could be installed beside it
     try: args.run(args)
-    except KeyboardInterrupt as e:
-        print(f'\npeftbook: {e or "interrupted"}', file=sys.stderr)
-        return 130
-    except (ValueError, OSError, FloatingPointError) as e:
-        print(f'peftbook: {" ".join(str(e).split())}', file=sys.stderr)
-        return 2
+    except KeyboardInterrupt as e: return _said(e or 'interrupted', 130)
+    except (ValueError, OSError, FloatingPointError) as e: return _said(e, 2)
+    except RuntimeError as e:
+        if type(e).__name__ != 'OutOfMemoryError' and "can't allocate memory" not in str(e): raise # a GPU's and the CPU's
+        return _said(f"{'. '.join(str(e).split('. ')[:2])}: tune with --batch-size 1 or shorter rows, or ask `peftbook plan` what fits", 2)
     return 0
+
+def _said(what, code):
+    "The exit code, after a line on what ended the command, in the shell's words."
+    print(('\n' if code == 130 else '') + f'peftbook: {" ".join(str(what).split())}'.replace('resume=True', '--resume'), file=sys.stderr)
+    return code

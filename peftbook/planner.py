@@ -122,19 +122,20 @@ def peak(self:Tape,
 # %% ../nbs/50_planner.ipynb #f6feeb37
 @contextmanager
 def _as_on(device):
-    "Within it the meta device does attention as `device` would, multiplies experts in any precision, and has generators of random numbers."
+    "Within it the meta device does attention as `device` would, multiplies experts in any precision, has generators of random numbers, and no autocast."
     home, name = (F, 'grouped_mm') if hasattr(F, 'grouped_mm') else (torch, '_grouped_mm') # until torch 2.10
-    plain, grouped, generator = F.scaled_dot_product_attention, getattr(home, name), torch.Generator
+    plain, grouped, generator, casts = F.scaled_dot_product_attention, getattr(home, name), torch.Generator, torch.is_autocast_enabled
     def attend(q, *args, **kwargs):
         fused = q.is_meta and (device == 'cuda' or _cpu_fuses(q, *args, **kwargs))
         return (_fused if fused else plain)(q, *args, **kwargs)
     F.scaled_dot_product_attention = attend # a mode of torch's would be off where checkpointing runs a block again
     setattr(home, name, lambda x, w, **kw: _Grouped.apply(x, w) if x.is_meta else grouped(x, w, **kw))
     torch.Generator = lambda d='cpu': generator('cpu' if torch.device(d).type == 'meta' else d)
+    torch.is_autocast_enabled = lambda *d: d != ('meta',) and casts(*d)
     if device == 'cpu': _sooner.add('meta')
     try: yield
     finally:
-        F.scaled_dot_product_attention, torch.Generator = plain, generator
+        F.scaled_dot_product_attention, torch.Generator, torch.is_autocast_enabled = plain, generator, casts
         setattr(home, name, grouped)
         _sooner.discard('meta')
 

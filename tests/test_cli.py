@@ -2,7 +2,7 @@
 import json, os, signal, subprocess, sys
 from pathlib import Path
 
-import pytest
+import pytest, torch
 
 from peftbook.cli import main
 from peftbook.models import tiny_model
@@ -38,7 +38,7 @@ def tuned(folder):
     return out
 
 def test_tune_shows_before_and_after(folder, tuned):
-    assert tuned.index('before') < tuned.index('after') and 'peftbook generate --adapter whole' in tuned
+    assert tuned.index('before') < tuned.index('after') and "peftbook generate --adapter whole 'say " in tuned # with a request of its own rows
     assert sorted(f.name for f in (folder/'whole').iterdir()) == ['adapter_model.safetensors', 'history.json', 'scores.json', 'tuner.json']
 
 def test_generate_shows_both(folder, tuned):
@@ -52,7 +52,7 @@ def test_ctrl_c_and_resume(folder, tuned):
         if line.startswith('step') and int(line.split()[1].split('/')[0]) >= 30: break
     p.send_signal(signal.SIGINT)
     err = p.communicate(timeout=60)[1]
-    assert p.returncode == 130 and 'Traceback' not in err and 'resume' in err
+    assert p.returncode == 130 and 'Traceback' not in err and 'with --resume to go on from halted' in err
     assert (folder/'halted'/'checkpoint.safetensors').exists() and not (folder/'halted'/'tuner.json').exists()
     code, out, err = run(folder, *tune, '--steps', '300', '--out', 'halted', '--resume')
     assert code == 0, err
@@ -87,9 +87,18 @@ def test_bad_options(folder, refused, words, said):
     line = refused(*tune, '--out', 'never', *words.split())
     assert said in line and not (folder/'never').exists()
 
+@pytest.mark.parametrize('too_much, said', [
+    (lambda: torch.empty(2**60), "can't allocate memory"),
+    (lambda: raise_(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has little left.')), 'Tried to allocate 2.00 GiB: tune with --batch-size 1')])
+def test_out_of_memory_says_what_to_do(folder, refused, monkeypatch, too_much, said):
+    monkeypatch.setattr('peftbook.cli._answers', lambda *args: too_much())
+    assert said in (line := refused(*tune, '--out', 'none')) and 'peftbook plan' in line
+
+def raise_(e): raise e
+
 def test_missing_file(folder, refused): assert 'nonesuch.jsonl' in refused('tune', 'lora', '--data', 'nonesuch.jsonl')
 def test_unknown_task(folder, refused): assert 'airline' in refused('tune', 'lora', '--task', 'airlines')
-def test_folder_of_another_run(folder, refused, tuned): assert 'whole holds another run' in refused(*tune, '--out', 'whole')
+def test_folder_of_another_run(folder, refused, tuned): assert 'whole holds another run (history.json): pass --resume' in refused(*tune, '--out', 'whole')
 def test_other_settings(folder, refused, tuned): assert 'steps=300' in refused(*tune, '--steps', '7', '--out', 'whole', '--resume')
 def test_other_base(folder, refused, tuned): assert 'another base' in refused('generate', '--adapter', 'whole', '--model', 'other', 'hi')
 def test_no_adapter(folder, refused): assert 'holds no adapter' in refused('generate', '--adapter', 'tiny', 'hi')

@@ -9,8 +9,8 @@ from bench_peers import bnb_layers
 from peftbook.core import Tuner, checkpoint_activations
 from peftbook.data import Task
 from peftbook.models import tiny_model
-from peftbook.qlora import QLoRA
-from peftbook.quantization import QuantLinear, quantize, storage_bytes
+from peftbook.qlora import QLoRA, QLoRALinear, QuantLowRank
+from peftbook.quantization import QuantLinear, quantize, quantize_tensor, storage_bytes
 from peftbook.training import fit
 
 ids = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
@@ -136,7 +136,7 @@ print(total)
 train = """
 import json, sys, torch
 from peftbook.core import checkpoint_activations
-from peftbook.qlora import QLoRA
+from peftbook.qlora import QLoRA, QLoRALinear, QuantLowRank
 from peftbook.quantization import load_quantized
 from peftbook.speed import supervised_loss
 model, tok = load_quantized(sys.argv[1], dtype=torch.bfloat16, compute_dtype=torch.float32)
@@ -177,3 +177,51 @@ def test_the_command_line_quantizes_as_it_reads(tmp_path, capsys):
         assert main(['generate', '--adapter', str(out), 'say 3', '--max-new-tokens', '2']) == 0
     assert main([*tune, '--bits', '9', '--out', str(tmp_path/'no')]) == 2 and not (tmp_path/'no').exists()
     assert 'bits=9' in capsys.readouterr().err
+
+def layer_of(how, dtype):
+    "A layer with an update: in four bits, dense, with a bias, with products in another precision, with an update of some rows, with dropout."
+    torch.manual_seed(0)
+    base = torch.nn.Linear(64, 32, bias=how == 'bias', dtype=dtype).requires_grad_(False)
+    if how != 'dense': base = QuantLinear(quantize_tensor(base.weight), base.bias, torch.float32 if how == 'compute' else None)
+    layer = QLoRALinear(base, {'': slice(0, 16)} if how == 'rows' else {'': None}, 4, 2., .5 if how == 'dropout' else 0.)
+    for u in layer.updates(): torch.nn.init.normal_(u.B)
+    return layer
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('how', ['quantized', 'dense', 'bias', 'compute', 'rows', 'dropout'])
+def test_one_function_or_two(how, dtype, monkeypatch):
+    "Base and update in one function: taken where it holds, and the numbers of the two functions that it stands for."
+    taken, own = [], QuantLowRank.apply
+    monkeypatch.setattr(QuantLowRank, 'apply', lambda *args: taken.append(1) or own(*args))
+    layer, x = layer_of(how, dtype), torch.randn(2, 5, 64, dtype=dtype, requires_grad=True)
+    def step():
+        torch.manual_seed(1) # of the dropout
+        y = layer(x)
+        return y, *torch.autograd.grad(y.square().sum(), [x, *(p for p in layer.parameters() if p.requires_grad)])
+    one = step()
+    assert len(taken) == (how == 'quantized')
+    monkeypatch.setattr(QLoRALinear, '_as_one', lambda self, x: False)
+    for a, b in zip(one, step(), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert (a - b).norm() <= (1e-2 if dtype == torch.bfloat16 else 1e-6)*b.norm()
+
+def test_autocast_takes_its_products_apart():
+    "An input in fp32 whose products autocast makes in half precision: the base's output and the update's agree on it."
+    layer, x = layer_of('quantized', torch.float32), torch.randn(3, 64)
+    with torch.no_grad():
+        exact = layer(x)
+        with torch.autocast('cpu', dtype=torch.bfloat16): y = layer(x)
+    assert (y.float() - exact).norm() < 2e-2*exact.norm()
+
+@pytest.mark.parametrize('arch', ['llama', 'gpt2', 'gptneox', 'qwen2'])
+def test_a_model_trains_the_same_with_one_function_or_two(arch, monkeypatch):
+    model = tiny_model(arch)[0]
+    t = QLoRA(r=3, block_size=32).attach(model)
+    for p in t.params.values(): torch.nn.init.normal_(p, std=.1)
+    def grads():
+        for p in t.params.values(): p.grad = None
+        loss(model(input_ids=ids).logits).backward()
+        return {n: p.grad for n, p in t.params.items()}
+    one = grads()
+    monkeypatch.setattr(QLoRALinear, '_as_one', lambda self, x: False)
+    for n, g in grads().items(): assert (one[n] - g).abs().max() < 1e-5*max(1, g.abs().max().item()), n
