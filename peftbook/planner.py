@@ -139,6 +139,7 @@ def _as_on(device):
         setattr(home, name, grouped)
         _sooner.discard('meta')
 
+# %% ../nbs/50_planner.ipynb #50a50001
 def _cpu_fuses(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
     "Does the CPU have a kernel that holds no scores?"
     few = [torch.zeros(1, t.shape[1], 8, t.shape[3], dtype=t.dtype, requires_grad=t.requires_grad) for t in (q, k, v)]
