@@ -87,7 +87,7 @@ def _tune(args):
     else: tuner.save(out) # words alone
     after = _answers('after', model, tok, task)
     write_atomic(Path(out)/'scores.json', json.dumps(dict(before=before, after=after), indent=2).encode())
-    print(f"\nthe adapter lies in {out}/ ({c['bytes']/1e6:.2f} MB). Ask it something:\n  peftbook generate --adapter {shlex.quote(str(out))} {shlex.quote(_example(task))}")
+    print(f"\nthe adapter lies in {out}/ ({c['bytes']/1e6:.2f} MB). Ask it something:\n  peftbook generate --adapter {shlex.quote(out)} {shlex.quote(_example(task))}")
 
 def _example(task):
     "A request to try: the shortest of the task's, in one line."
