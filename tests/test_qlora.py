@@ -139,7 +139,7 @@ from peftbook.core import checkpoint_activations
 from peftbook.qlora import QLoRA
 from peftbook.quantization import load_quantized
 from peftbook.speed import supervised_loss
-model, tok = load_quantized(sys.argv[1], dtype=torch.bfloat16, compute_dtype=torch.float32)
+model, tok = load_quantized(sys.argv[1], device='cpu')
 tuner = QLoRA(r=16).attach(model)
 checkpoint_activations(model.train())
 ids = torch.randint(32000, (1, 128), generator=torch.Generator().manual_seed(0))
@@ -154,13 +154,14 @@ hwm = next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(
 print('>' + json.dumps(dict(losses=losses, mb=hwm/1024, trained=tuner.cost()['trained'], base=tuner.cost()['base'])))
 """
 
-def run(code, *args): return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, check=True, env=dict(OMP_NUM_THREADS='2') | os.environ).stdout
+def run(code, *args, **env): return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, check=True, env=dict(OMP_NUM_THREADS='2') | os.environ | env).stdout
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='the peak is read from Linux')
 def test_a_model_of_1_5_billion_trains_below_its_dense_weights(tmp_path):
     "Three steps of 1 x 128 tokens, r = 16 on all linear layers, checkpointing: below 3 GB, which the dense bf16 weights alone would take."
     assert int(run(build, tmp_path)) > 1.45e9
-    res = json.loads(run(train, tmp_path).split('>')[-1])
+    # glibc keeps freed blocks of up to 32 MB in a heap full of holes, as many as chance has it; told to give those over 1 MB back, it holds what is used (1.8 GB here; 2.8 and 3.1 GB were seen otherwise)
+    res = json.loads(run(train, tmp_path, MALLOC_MMAP_THRESHOLD_=str(2**20)).split('>')[-1])
     assert res['base'] > 1.45e9 and res['losses'][2] < res['losses'][0]
     assert res['mb'] < 3e9/2**20
 
