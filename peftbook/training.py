@@ -466,7 +466,7 @@ def fit(
     resume:bool=False, # go on with the run in `out`, if there is one
     pack:int=None, # several rows in one of at most so many tokens; None: a row each
     max_length:int=1024, # tokens of a row at most, the prompt's oldest go first; None: as many as the model takes
-    compile:bool=False, # compile the blocks first: half a minute and more, then quicker steps; see `compiled_layers`
+    compile:bool=False, # compile the blocks first: a minute or so, then quicker steps; see `compiled_layers`
 ) -> History: # loss, rate and more at every step
     "Train the tensors of `tuner` with its optimizer, AdamW in fp32: the same end however rows are spread and however often it is stopped."
     out, model, live = None if out is None else Path(out), tuner.model, _trainable(tuner)
